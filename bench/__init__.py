@@ -1,0 +1,1 @@
+"""Experiments that print JSON: one file, one question, run as ``python -m bench.NAME``."""

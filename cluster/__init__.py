@@ -1,0 +1,1 @@
+"""Many replicas: dispatcher, gateways, launching and configuration."""

@@ -1,0 +1,341 @@
+"""Settings of a cluster: the one place where flags, environment and file keys are declared.
+
+Every field of :class:`ServeConfig` is a ``--flag``, a ``DROVER_FLAG`` environment variable
+and a key of ``--config FILE.yaml``; precedence in this order, then the default. Names are
+vLLM's where the meaning is the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from cluster.dispatcher.core import DispatcherConfig
+from cluster.dispatcher.load import LoadConfig
+from cluster.dispatcher.placement import POLICIES
+from cluster.dispatcher.rebalance import RebalanceConfig
+from cluster.flags import (
+    ConfigError,
+    identifier,
+    integer,
+    number,
+    one_of,
+    setting,
+    size,
+    string,
+    switch,
+)
+from instance.config import EngineConfig, MigrationConfig, SchedulerConfig
+
+MIB, GIB = 1 << 20, 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterRef:
+    """How to find a cluster's actors: named Ray actors in one namespace."""
+
+    dispatcher: str = "drover-dispatcher"
+    namespace: str = "drover"
+
+    @staticmethod
+    def actor_name(member_id: str) -> str:
+        """The Ray name of the instance or gateway actor with this id."""
+        return f"drover-{member_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """Everything a gateway is started with.
+
+    Attributes:
+        gateway_id: Name of the gateway, unique in the cluster.
+        host: Address that it binds.
+        port: TCP port; shared by all gateways of a machine where ``reuse_port``.
+        model: Model whose tokenizer and chat template are used, as the instances name it.
+        served_model_name: Name under which clients know the model; "" means ``model``.
+        max_model_len: Prompt and output tokens of a request at most.
+        token: Cluster token: authorises calls to instances.
+        admin_key: Key of ``/admin/``; "" closes it.
+        api_keys_file: File of hashed keys and their tenants; None where there is none.
+        api_key_hashes: SHA-256 hex digests of further keys, of the tenant "default". Any
+            client is served where there is neither a file nor a hash.
+        dispatcher: Name of the dispatcher actor.
+        namespace: Ray namespace of the cluster's actors.
+        reuse_port: Bind with SO_REUSEPORT, so that several gateways share the port.
+        max_request_bytes: Body of an HTTP request at most.
+        request_timeout: Seconds that a request may take in all; 0 is unlimited.
+        connect_timeout: Seconds to reach an instance.
+        grace: Seconds after which an instance that is gone counts as dead.
+        drain_grace: Seconds that running requests get to end when the gateway stops.
+    """
+
+    gateway_id: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    model: str = "smollm2"
+    served_model_name: str = ""
+    max_model_len: int = 8192
+    token: str = ""
+    admin_key: str = ""
+    api_keys_file: str | None = None
+    api_key_hashes: tuple[str, ...] = ()
+    dispatcher: str = "drover-dispatcher"
+    namespace: str = "drover"
+    reuse_port: bool = True
+    max_request_bytes: int = 4 * MIB
+    request_timeout: float = 0.0
+    connect_timeout: float = 2.0
+    grace: float = 10.0
+    drain_grace: float = 5.0
+
+
+_MODEL, _HTTP, _CLUSTER = "model and memory", "HTTP", "cluster"
+_POLICY, _MIGRATION, _SECRETS = "placement and rebalancing", "migration", "keys"
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """Every setting of ``drover serve``. The help text of each flag says what it means."""
+
+    model: str = setting(
+        "smollm2",
+        string,
+        "MODEL",
+        _MODEL,
+        "local folder, hub id or packaged model name",
+        positional=True,
+    )
+    served_model_name: str = setting(
+        "", string, "NAME", _MODEL, "name under which clients know the model (default: MODEL)"
+    )
+    dtype: str = setting(
+        "auto",
+        one_of("auto", "float32", "bfloat16", "float16", "float64"),
+        "TYPE",
+        _MODEL,
+        "type of weights and KV cache: auto, float32, bfloat16, float16 or float64",
+    )
+    device: str = setting(
+        "auto",
+        one_of("auto", "cpu", "cuda"),
+        "DEVICE",
+        _MODEL,
+        "cpu, cuda (one GPU per instance), or auto: cuda where every instance gets a GPU",
+    )
+    threads: int = setting(1, integer(1, 1024), "N", _MODEL, "compute threads of an instance")
+    max_model_len: int = setting(
+        8192,
+        integer(1),
+        "TOKENS",
+        _MODEL,
+        "prompt and output tokens of a request at most; never more than the model takes",
+    )
+    max_num_seqs: int = setting(
+        64, integer(1), "N", _MODEL, "sequences in an instance's batch at most"
+    )
+    max_num_batched_tokens: int = setting(
+        512, integer(1), "TOKENS", _MODEL, "tokens that one step computes at most"
+    )
+    block_size: int = setting(16, integer(1, 4096), "TOKENS", _MODEL, "tokens per KV block")
+    kv_cache_memory_bytes: int = setting(
+        GIB, size, "BYTES", _MODEL, "KV cache of an instance, such as 512M or 4GiB"
+    )
+    num_gpu_blocks_override: int = setting(
+        0,
+        integer(0),
+        "N",
+        _MODEL,
+        "KV blocks of an instance, on any device; 0: by --kv-cache-memory-bytes",
+    )
+    enable_prefix_caching: bool = setting(
+        True, switch, "", _MODEL, "reuse KV blocks of equal prefixes"
+    )
+    host: str = setting("127.0.0.1", string, "ADDRESS", _HTTP, "address that the gateways bind")
+    port: int = setting(8000, integer(0, 65535), "PORT", _HTTP, "TCP port; 0 picks a free one")
+    gateways: int = setting(
+        1, integer(1, 256), "N", _HTTP, "gateway processes, which share the port"
+    )
+    max_request_bytes: int = setting(
+        4 * MIB, size, "BYTES", _HTTP, "body of an HTTP request at most"
+    )
+    request_timeout: float = setting(
+        0.0, number(0.0), "SECONDS", _HTTP, "time that a request may take; 0: any"
+    )
+    drain_grace: float = setting(
+        5.0,
+        number(0.0),
+        "SECONDS",
+        _HTTP,
+        "time that running requests get to end when the cluster stops",
+    )
+    api_key: tuple[str, ...] = setting(
+        (),
+        string,
+        "KEY",
+        _SECRETS,
+        "key that clients must send; may be given several times (default: none is needed)",
+        many=True,
+    )
+    api_keys: str = setting(
+        "", string, "FILE", _SECRETS, "file of hashed client keys and their tenants"
+    )
+    admin_key: str = setting(
+        "", string, "KEY", _SECRETS, "key of the admin API (default: a random one)"
+    )
+    cluster_token: str = setting(
+        "",
+        string,
+        "TOKEN",
+        _SECRETS,
+        "secret by which gateways and instances know each other (default: a random one)",
+    )
+    instances: int = setting(2, integer(1, 1024), "N", _CLUSTER, "model replicas")
+    address: str = setting(
+        "",
+        string,
+        "HOST:PORT",
+        _CLUSTER,
+        "join the Ray cluster there, or 'auto' (default: start one on this machine)",
+    )
+    cluster_name: str = setting(
+        "default", identifier, "NAME", _CLUSTER, "tells clusters within one Ray cluster apart"
+    )
+    instance_host: str = setting(
+        "",
+        string,
+        "ADDRESS",
+        _CLUSTER,
+        "address that instances bind (default: 127.0.0.1, or the node's with --address)",
+    )
+    startup_timeout: float = setting(
+        1800.0, number(1.0), "SECONDS", _CLUSTER, "time that instances get to load the model"
+    )
+    report_interval: float = setting(
+        0.5, number(0.02, 60.0), "SECONDS", _CLUSTER, "time between an instance's load reports"
+    )
+    heartbeat: float = setting(
+        1.0,
+        number(0.05, 60.0),
+        "SECONDS",
+        _CLUSTER,
+        "time between an instance's messages to a gateway about the requests it holds",
+    )
+    grace: float = setting(
+        10.0,
+        number(0.1, 3600.0),
+        "SECONDS",
+        _CLUSTER,
+        "time after which a silent instance or gateway counts as dead",
+    )
+    placement: str = setting(
+        "freeness",
+        one_of(*POLICIES),
+        "POLICY",
+        _POLICY,
+        f"which instance a request goes to: {', '.join(POLICIES)}",
+    )
+    rebalance: bool = setting(
+        True, switch, "on|off", _POLICY, "move running requests to balance load"
+    )
+    rebalance_interval: float = setting(
+        1.0, number(0.05, 3600.0), "SECONDS", _POLICY, "time between rounds of rebalancing"
+    )
+    headroom_blocks: int = setting(
+        0,
+        integer(0),
+        "N",
+        _POLICY,
+        "KV blocks kept free on an instance that runs interactive requests",
+    )
+    migration_tail_blocks: int = setting(
+        2,
+        integer(1),
+        "N",
+        _MIGRATION,
+        "KV blocks at most that move while the request is out of the batch",
+    )
+    migration_max_concurrent: int = setting(
+        4, integer(1), "N", _MIGRATION, "migrations at a time, from and to an instance each"
+    )
+    migration_bandwidth: int = setting(
+        256 * MIB,
+        size,
+        "BYTES",
+        _MIGRATION,
+        "bytes per second that an instance sends beside decoding; 0: unlimited",
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max-num-batched-tokens ({self.max_num_batched_tokens}) is less than "
+                f"max-num-seqs ({self.max_num_seqs}): a step could not serve its batch"
+            )
+        if self.kv_cache_memory_bytes < MIB and not self.num_gpu_blocks_override:
+            raise ConfigError("kv-cache-memory-bytes is less than 1M")
+
+    @property
+    def ref(self) -> ClusterRef:
+        """Where the cluster's actors are found."""
+        name = self.cluster_name
+        return ClusterRef(namespace="drover" if name == "default" else f"drover-{name}")
+
+    def engine(self, device: str) -> EngineConfig:
+        """Settings of an instance on ``device`` ("cpu" or "cuda")."""
+        return EngineConfig(
+            model=self.model,
+            served_model_name=self.served_model_name,
+            dtype=self.dtype,
+            device=device,
+            block_size=self.block_size,
+            num_blocks=self.num_gpu_blocks_override,
+            kv_cache_memory_bytes=self.kv_cache_memory_bytes,
+            num_threads=self.threads,
+            heartbeat=self.heartbeat,
+            report_interval=self.report_interval,
+            scheduler=SchedulerConfig(
+                max_num_seqs=self.max_num_seqs,
+                max_num_batched_tokens=self.max_num_batched_tokens,
+                max_model_len=self.max_model_len,
+                enable_prefix_caching=self.enable_prefix_caching,
+            ),
+            migration=MigrationConfig(
+                tail_blocks=self.migration_tail_blocks,
+                max_concurrent=self.migration_max_concurrent,
+                grace=self.grace,
+                max_bytes_per_second=float(self.migration_bandwidth),
+            ),
+        )
+
+    def dispatcher(self) -> DispatcherConfig:
+        """Settings of the dispatcher."""
+        return DispatcherConfig(
+            placement=self.placement,
+            load=LoadConfig(
+                report_interval=self.report_interval,
+                gone_after=max(self.grace, 4 * self.report_interval),
+                headroom_blocks=self.headroom_blocks,
+            ),
+            rebalance=RebalanceConfig(enabled=self.rebalance, interval=self.rebalance_interval),
+        )
+
+    def gateway(self, gateway_id: str, max_model_len: int) -> GatewayConfig:
+        """Settings of one gateway; ``max_model_len`` is what the started instances take."""
+        return GatewayConfig(
+            gateway_id=gateway_id,
+            host=self.host,
+            port=self.port,
+            model=self.model,
+            served_model_name=self.served_model_name,
+            max_model_len=max_model_len,
+            token=self.cluster_token,
+            admin_key=self.admin_key,
+            api_keys_file=self.api_keys or None,
+            api_key_hashes=tuple(hashlib.sha256(key.encode()).hexdigest() for key in self.api_key),
+            dispatcher=self.ref.dispatcher,
+            namespace=self.ref.namespace,
+            max_request_bytes=self.max_request_bytes,
+            request_timeout=self.request_timeout,
+            grace=self.grace,
+            drain_grace=self.drain_grace,
+        )

@@ -1,0 +1,396 @@
+"""The dispatcher as an actor: serialises events, executes actions.
+
+Runs as a named, detached Ray actor that restarts by itself. It keeps nothing on disk:
+after a restart the instances' reports bring everything back, and until then gateways
+place by the last view they were sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import logging
+import math
+import random
+import time
+from collections import deque
+from typing import Any
+
+import ray
+
+from cluster.config import ClusterRef
+from cluster.dispatcher.core import Dispatcher, DispatcherConfig
+from cluster.dispatcher.events import (
+    Action,
+    DrainRequested,
+    Event,
+    Finished,
+    Joined,
+    Left,
+    MigrationEnded,
+    MigrationRequested,
+    Place,
+    PlaceRequested,
+    Refuse,
+    RejectMigration,
+    Reported,
+    ResumeRequested,
+    SetDraining,
+    StartMigration,
+    Tick,
+)
+from cluster.dispatcher.messages import (
+    ClusterView,
+    InstanceView,
+    Placement,
+    PlaceRequest,
+    Refusal,
+)
+from instance.load import InstanceInfo, LoadReport, MigrationReport
+
+logger = logging.getLogger(__name__)
+
+Answer = Placement | Refusal
+TICK = 0.1
+"""Seconds between ticks of the core."""
+CHECK_TIMEOUT = 10.0
+
+
+class MigrationError(Exception):
+    """A request cannot be moved.
+
+    Attributes:
+        code: "unknown_request", "unknown_instance" or "conflict".
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(code, message)
+        self.code = code
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class DispatcherActor:
+    """The cluster's one dispatcher.
+
+    Args:
+        config: Settings.
+        cluster: Where the instances' actors are found.
+    """
+
+    def __init__(self, config: DispatcherConfig, cluster: ClusterRef) -> None:
+        # Versions grow across restarts, so that a gateway never takes an old view for new.
+        version = time.time_ns() // 1_000_000
+        self._core = Dispatcher(config, random.Random(), version)
+        self._cluster = cluster
+        self._answers: dict[tuple[str, int], asyncio.Future[Answer]] = {}
+        self._moves: dict[str, list[asyncio.Future[MigrationReport]]] = {}
+        self._migrations: deque[MigrationReport] = deque(maxlen=64)
+        self._changed = asyncio.Event()
+        self._handles: dict[tuple[str, str], Any] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ticking: asyncio.Task[None] | None = None
+        self._started = time.time()
+
+    # ---- instances
+
+    async def join(self, info: InstanceInfo) -> None:
+        """An instance started, or was told that it is not known here."""
+        logger.info("instance %s joined at %s", info.instance_id, info.address)
+        self._handle(Joined(info))
+
+    async def report(self, report: LoadReport) -> bool:
+        """Take a load report; false if the instance must join again."""
+        if not self._core.members.knows(report.instance_id, report.incarnation):
+            return False
+        self._handle(Reported(report))
+        return True
+
+    async def leave(self, instance_id: str, incarnation: str) -> None:
+        """An instance is about to stop."""
+        self._handle(Left(instance_id, incarnation))
+
+    # ---- gateways
+
+    async def place(self, requests: list[PlaceRequest]) -> list[Answer]:
+        """Where each request shall run, in the same order.
+
+        Of several requests the higher class is placed first, then the older. While no
+        instance is ready the answer waits, up to the configured time.
+        """
+        order = sorted(requests, key=lambda r: (r.request_class, r.arrival))
+        futures: dict[tuple[str, int], asyncio.Future[Answer]] = {}
+        for request in order:
+            key = request.request_id, request.epoch
+            future = self._answers.get(key)
+            if future is None:
+                future = self._answers[key] = asyncio.get_running_loop().create_future()
+                future.add_done_callback(functools.partial(self._answered, key))
+            futures[key] = future
+            self._handle(PlaceRequested(request))
+        # A caller that went away must not take the answer from another one.
+        return list(
+            await asyncio.gather(
+                *(asyncio.shield(futures[r.request_id, r.epoch]) for r in requests)
+            )
+        )
+
+    def _answered(self, key: tuple[str, int], _: asyncio.Future[Answer]) -> None:
+        del self._answers[key]
+
+    async def finished(self, ended: list[tuple[str, int]]) -> None:
+        """Requests ended at their home, each with its last epoch."""
+        for request_id, epoch in ended:
+            self._handle(Finished(request_id, epoch))
+
+    async def watch(self, version: int, timeout: float) -> ClusterView:
+        """The view once its version differs from ``version``, or after ``timeout`` seconds."""
+        self._tick_from_now_on()
+        deadline = time.monotonic() + timeout
+        while self._core.members.version == version:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            changed = self._changed
+            try:
+                await asyncio.wait_for(changed.wait(), left)
+            except TimeoutError:
+                break
+        return self._core.view(time.monotonic())
+
+    # ---- operators
+
+    async def migrate(self, request_id: str, destination: str | None = None) -> MigrationReport:
+        """Move a request; to the freest other instance where ``destination`` is None.
+
+        Returns:
+            How the attempt ended; its outcome is "moved" or why the request stayed.
+
+        Raises:
+            MigrationError: if it cannot be tried.
+        """
+        future: asyncio.Future[MigrationReport] = asyncio.get_running_loop().create_future()
+        waiting = self._moves.setdefault(request_id, [])
+        waiting.append(future)
+        try:
+            actions = self._handle(MigrationRequested(request_id, destination))
+            for action in actions:
+                if isinstance(action, RejectMigration):
+                    raise MigrationError(action.code, action.message)
+            return await future
+        finally:
+            waiting.remove(future)
+            if not waiting and self._moves.get(request_id) is waiting:
+                del self._moves[request_id]
+
+    async def drain(self, instance_id: str) -> None:
+        """Give an instance no more requests and move away those it has.
+
+        Raises:
+            ValueError: if there is no such instance.
+        """
+        self._require(instance_id)
+        self._handle(DrainRequested(instance_id))
+
+    async def resume(self, instance_id: str) -> None:
+        """End a drain.
+
+        Raises:
+            ValueError: if there is no such instance.
+        """
+        self._require(instance_id)
+        self._handle(ResumeRequested(instance_id))
+
+    async def check(self) -> dict[str, Any]:
+        """What every instance says of its block pool, ready for JSON; or its "error"."""
+
+        async def ask(instance_id: str) -> dict[str, Any]:
+            try:
+                found = await asyncio.wait_for(
+                    self._instance(instance_id).check.remote(), CHECK_TIMEOUT
+                )
+            except TimeoutError:
+                found = {"error": f"no answer within {CHECK_TIMEOUT:g} s"}
+            except Exception as error:
+                found = {"error": _first_line(error)}
+            return {"instance_id": instance_id, **found}
+
+        view = self._core.view(time.monotonic())
+        names = [instance.info.instance_id for instance in view.instances]
+        return {"instances": list(await asyncio.gather(*(ask(name) for name in names)))}
+
+    def _require(self, instance_id: str) -> None:
+        if instance_id not in self._core.members.loads:
+            raise ValueError(f"there is no instance {instance_id!r}")
+
+    async def status(self, limit: int = 256) -> dict[str, Any]:
+        """Everything an operator may want to see, ready for JSON.
+
+        Args:
+            limit: Requests listed at most; their number is in "num_requests".
+        """
+        now = time.monotonic()
+        view = self._core.view(now)
+        requests = list(self._core.requests(now))
+        transfers = self._core.members.transfers.values()
+        return {
+            "version": view.version,
+            "started": self._started,
+            "placement": self._core.config.placement,
+            "rebalance": self._core.config.rebalance.enabled,
+            "instances": [self._describe(instance, now) for instance in view.instances],
+            "num_requests": len(requests),
+            "requests": [
+                {
+                    "request_id": sequence.request_id,
+                    "epoch": sequence.epoch,
+                    "instance_id": load.info.instance_id,
+                    "state": "running" if sequence.running else "waiting",
+                    "migrating": sequence.migrating
+                    or sequence.request_id in self._core.members.transfers,
+                    "class": sequence.request_class.name.lower(),
+                    "tenant": sequence.tenant,
+                    "gateway_id": sequence.home,
+                    "tokens": sequence.num_tokens,
+                    "blocks": sequence.blocks,
+                }
+                for load, sequence in requests[:limit]
+            ],
+            "held": self._core.num_held,
+            "migrating": [
+                {
+                    "request_id": transfer.sequence.request_id,
+                    "source": transfer.source,
+                    "destination": transfer.destination,
+                    "reason": transfer.reason,
+                    "seconds": now - transfer.since,
+                }
+                for transfer in transfers
+            ],
+            "migrations": [dataclasses.asdict(report) for report in reversed(self._migrations)],
+            "counters": {kind: dict(counts) for kind, counts in self._core.counters.items()},
+        }
+
+    def _describe(self, view: InstanceView, now: float) -> dict[str, Any]:
+        load = self._core.members.loads[view.info.instance_id]
+        report = load.report
+        return {
+            "instance_id": view.info.instance_id,
+            "incarnation": view.info.incarnation,
+            "address": view.info.address,
+            "node": view.info.node,
+            "pid": view.info.pid,
+            "state": view.state,
+            "freeness": view.freeness if math.isfinite(view.freeness) else None,
+            "load": view.load,
+            "total_blocks": view.info.total_blocks,
+            "free_blocks": view.free_blocks,
+            "running": view.running,
+            "waiting": view.waiting,
+            "charged": len(load.charges),
+            "step_seconds": view.step_seconds,
+            "migrations_in": 0 if report is None else report.migrations_in,
+            "migrations_out": 0 if report is None else report.migrations_out,
+            "report_age": now - load.heard,
+            "model": dataclasses.asdict(view.info.model),
+            "max_num_seqs": view.info.max_num_seqs,
+        }
+
+    # ---- events and actions
+
+    def _handle(self, event: Event) -> list[Action]:
+        self._tick_from_now_on()
+        version = self._core.members.version
+        actions = self._core.handle(event, time.monotonic())
+        for action in actions:
+            self._execute(action)
+        if self._core.members.version != version:
+            self._changed.set()
+            self._changed = asyncio.Event()
+        return actions
+
+    def _execute(self, action: Action) -> None:
+        match action:
+            case Place(placement):
+                self._answer(placement)
+            case Refuse(refusal):
+                self._answer(refusal)
+            case StartMigration():
+                self._spawn(self._migrate(action))
+            case SetDraining(instance_id, on):
+                self._spawn(self._set_draining(instance_id, on))
+            case RejectMigration():
+                pass  # the caller of `migrate` sees it
+
+    def _answer(self, answer: Answer) -> None:
+        future = self._answers.get((answer.request_id, answer.epoch))
+        if future is not None and not future.done():
+            future.set_result(answer)
+
+    async def _migrate(self, action: StartMigration) -> None:
+        try:
+            report = await self._instance(action.source).migrate.remote(
+                action.request_id, action.destination, action.reason
+            )
+        except Exception as error:
+            report = MigrationReport(
+                request_id=action.request_id,
+                attempt="",
+                source=action.source,
+                destination=action.destination.instance_id,
+                reason=action.reason,
+                outcome=f"error: {_first_line(error)}",
+            )
+        self._migrations.append(report)
+        logger.info(
+            "migration of %s from %s to %s (%s): %s",
+            *(report.request_id, report.source, report.destination),
+            *(report.reason, report.outcome),
+        )
+        self._handle(MigrationEnded(report))
+        for future in self._moves.get(report.request_id, []):
+            if not future.done():
+                future.set_result(report)
+
+    async def _set_draining(self, instance_id: str, on: bool) -> None:
+        try:
+            await self._instance(instance_id).drain.remote(on)
+        except Exception as error:
+            logger.warning("instance %s: drain(%s): %s", instance_id, on, _first_line(error))
+
+    def _instance(self, instance_id: str) -> Any:
+        """The handle of an instance's actor, which stays valid when the actor restarts."""
+        key = instance_id, self._core.members.loads[instance_id].info.incarnation
+        if key not in self._handles:
+            self._handles = {k: h for k, h in self._handles.items() if k[0] != instance_id}
+            self._handles[key] = ray.get_actor(
+                self._cluster.actor_name(instance_id), namespace=self._cluster.namespace
+            )
+        return self._handles[key]
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _tick_from_now_on(self) -> None:
+        # An actor's constructor runs outside its event loop, hence not there.
+        if self._ticking is None or self._ticking.done():
+            self._ticking = asyncio.get_running_loop().create_task(self._tick())
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            try:
+                self._handle(Tick())
+            except Exception:
+                logger.exception("tick failed")
+
+
+def _first_line(error: BaseException) -> str:
+    """The gist of an error; Ray's carry whole tracebacks."""
+    cause = getattr(error, "cause", None) or error
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]

@@ -1,0 +1,430 @@
+"""The dispatcher's policy: events in, actions out.
+
+``Dispatcher.handle`` is the whole of it: no I/O, no clock, no threads. The Ray actor
+(``actor.py``) and the simulator drive the same object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from cluster.dispatcher.events import (
+    Action,
+    DrainRequested,
+    Event,
+    Finished,
+    Joined,
+    Left,
+    MigrationEnded,
+    MigrationRequested,
+    Place,
+    PlaceRequested,
+    Refuse,
+    RejectMigration,
+    Reported,
+    ResumeRequested,
+    SetDraining,
+    StartMigration,
+    Tick,
+)
+from cluster.dispatcher.load import (
+    InstanceLoad,
+    InstanceState,
+    LoadConfig,
+    LoadView,
+    Transfer,
+    blocks_for,
+)
+from cluster.dispatcher.members import Members
+from cluster.dispatcher.messages import ClusterView, Placement, PlaceRequest, Refusal
+from cluster.dispatcher.placement import POLICIES, Uniform
+from cluster.dispatcher.rebalance import (
+    Cooldowns,
+    Move,
+    RebalanceConfig,
+    best_destination,
+    plan_balance,
+    plan_drain,
+)
+from instance.load import InstanceInfo, MigrationReport, SequenceLoad
+
+MOVED = "moved"
+
+
+@dataclass(frozen=True, slots=True)
+class DispatcherConfig:
+    """Settings of the dispatcher.
+
+    Attributes:
+        placement: Name of the placement policy.
+        hold_timeout: Seconds that a new request waits for an instance to be ready.
+        replay_hold_timeout: The same for a replay, whose client already has tokens.
+        max_held: New requests that wait at a time; more are refused.
+        migration_timeout: Seconds after which a migration that nobody ended is forgotten.
+        memory: Requests remembered, to answer repeated calls as before.
+    """
+
+    placement: str = "freeness"
+    hold_timeout: float = 5.0
+    replay_hold_timeout: float = 20.0
+    max_held: int = 4096
+    migration_timeout: float = 120.0
+    memory: int = 65536
+    load: LoadConfig = field(default_factory=LoadConfig)
+    rebalance: RebalanceConfig = field(default_factory=RebalanceConfig)
+
+
+@dataclass(slots=True)
+class _Held:
+    request: PlaceRequest
+    since: float
+    deadline: float
+
+
+@dataclass(slots=True)
+class _Known:
+    """The newest thing known of a request: where it was placed, or that it ended."""
+
+    epoch: int
+    placement: Placement | None
+
+
+class Dispatcher:
+    """Knows the instances and their load, places requests and plans migrations.
+
+    Args:
+        config: Settings.
+        rng: Source of numbers for the policies that draw.
+        version: First version of the membership; must exceed those of earlier lives.
+
+    Attributes:
+        members: Instances, loads and migrations under way.
+        counters: Events by kind and reason, for metrics.
+
+    Raises:
+        ValueError: if the placement policy is unknown.
+    """
+
+    def __init__(self, config: DispatcherConfig, rng: Uniform, version: int = 1) -> None:
+        if config.placement not in POLICIES:
+            raise ValueError(
+                f"unknown placement policy {config.placement!r}; known: {', '.join(POLICIES)}"
+            )
+        self.config = config
+        self.members = Members(config.load, version)
+        self.counters: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        self._rng = rng
+        self._policy = POLICIES[config.placement]
+        self._held: dict[str, _Held] = {}
+        self._known: OrderedDict[str, _Known] = OrderedDict()
+        self._cooldowns = Cooldowns()
+        self._turn = 0
+        self._balanced = float("-inf")
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """Take one event; returns what is to be done, in order.
+
+        Args:
+            event: What happened.
+            now: Monotonic seconds; must not decrease from call to call.
+        """
+        match event:
+            case PlaceRequested(request):
+                return self._place_requested(request, now)
+            case Finished(request_id, epoch):
+                return self._finished(request_id, epoch)
+            case MigrationRequested(request_id, destination):
+                return self._migration_requested(request_id, destination, now)
+            case MigrationEnded(ended):
+                self._migration_ended(ended, now)
+                return []
+            case Reported(report):
+                self._count("reports", self.members.report(report, now))
+                actions: list[Action] = []
+            case Joined(info):
+                actions = self._joined(info, now)
+            case Left(instance_id, incarnation):
+                actions = []
+                if self.members.leave(instance_id, incarnation):
+                    self._count("membership", "left")
+            case DrainRequested(instance_id):
+                actions = self._set_draining(instance_id, True)
+            case ResumeRequested(instance_id):
+                actions = self._set_draining(instance_id, False)
+            case Tick():
+                actions = self._tick(now)
+        actions.extend(self._release_held(now))
+        self.members.update_version(now)
+        return actions
+
+    def _joined(self, info: InstanceInfo, now: float) -> list[Action]:
+        self._count("membership", self.members.join(info, now))
+        if self.members.loads[info.instance_id].draining:
+            return [SetDraining(info.instance_id, True)]
+        return []
+
+    def _finished(self, request_id: str, epoch: int) -> list[Action]:
+        actions: list[Action] = []
+        held = self._held.get(request_id)
+        if held is not None and held.request.epoch <= epoch:
+            del self._held[request_id]
+            actions.append(self._refuse(held.request, 404, "this request has ended"))
+        known = self._known.get(request_id)
+        if known is None or known.epoch <= epoch:
+            self._remember(request_id, _Known(epoch, None))
+        self.members.release(request_id, epoch)
+        return actions
+
+    # ---- placement
+
+    def _place_requested(self, request: PlaceRequest, now: float) -> list[Action]:
+        known = self._known.get(request.request_id)
+        if known is not None and known.epoch > request.epoch:
+            return [self._refuse(request, 404, "a newer epoch of this request is known")]
+        if known is not None and known.epoch == request.epoch:
+            placement = known.placement
+            if placement is None:
+                return [self._refuse(request, 404, "this request has ended")]
+            if placement.instance_id not in request.avoid and self._stands(placement, now):
+                self._count("placements", "repeated")
+                return [Place(placement)]
+        held = self._held.get(request.request_id)
+        if held is not None:
+            older, newer = held.request, request
+            if newer.epoch < older.epoch:
+                older, newer = newer, older
+            held.request = newer
+            if newer.epoch == older.epoch:
+                return []
+            return [self._refuse(older, 404, "a newer epoch of this request is known")]
+        view = self._choose(request, now)
+        if view is not None:
+            return [self._assign(request, view, now)]
+        replay = request.epoch > 1
+        if not replay and len(self._held) >= self.config.max_held:
+            return [self._refuse(request, 429, "too many requests wait for an instance")]
+        patience = self.config.replay_hold_timeout if replay else self.config.hold_timeout
+        self._held[request.request_id] = _Held(request, now, now + patience)
+        self._count("placements", "held")
+        return []
+
+    def _stands(self, placement: Placement, now: float) -> bool:
+        """Whether an earlier answer may be given again."""
+        name = placement.instance_id
+        return (
+            self.members.knows(name, placement.incarnation)
+            and self.members.state(name, now) is not InstanceState.GONE
+        )
+
+    def _choose(
+        self, request: PlaceRequest, now: float, since: float | None = None
+    ) -> LoadView | None:
+        """The instance for a request, or None if none should take it now.
+
+        An instance to avoid is taken only if it has been heard of after ``since``: then it
+        lives. A suspect instance is better than none.
+        """
+        usable: dict[InstanceState, list[LoadView]] = defaultdict(list)
+        for name, load in self.members.loads.items():
+            if name in request.avoid and (since is None or load.heard <= since):
+                continue
+            state = self.members.state(name, now)
+            if state in (InstanceState.READY, InstanceState.SUSPECT):
+                usable[state].append(self.members.view(load, now))
+        views = usable[InstanceState.READY] or usable[InstanceState.SUSPECT]
+        if not views:
+            return None
+        for preferred in (
+            [v for v in views if v.info.model.name == request.model],
+            [v for v in views if v.total * v.info.model.block_size > request.num_tokens],
+            [v for v in views if v.instance_id not in request.avoid],
+        ):
+            kept = [view for view in views if any(view is other for other in preferred)]
+            views = kept or views
+        return self._policy(request, views, self._rng)
+
+    def _assign(self, request: PlaceRequest, view: LoadView, now: float) -> Place:
+        load = self.members.loads[view.instance_id]
+        placement = Placement(
+            request.request_id, request.epoch, view.instance_id, load.info.incarnation
+        )
+        self.members.release(request.request_id, request.epoch)
+        load.charge(
+            SequenceLoad(
+                request_id=request.request_id,
+                epoch=request.epoch,
+                tenant=request.tenant,
+                request_class=request.request_class,
+                home=request.gateway_id,
+                running=False,
+                blocks=blocks_for(request.num_tokens + 1, load.info.model.block_size),
+                num_tokens=request.num_tokens,
+            ),
+            now,
+        )
+        self._turn += 1
+        load.last_placed = self._turn
+        self._remember(request.request_id, _Known(request.epoch, placement))
+        self._count("placements", "new" if request.epoch <= 1 else "replayed")
+        return Place(placement)
+
+    def _refuse(self, request: PlaceRequest, status: int, reason: str) -> Refuse:
+        self._count("refusals", str(status))
+        return Refuse(Refusal(request.request_id, request.epoch, status, reason))
+
+    def _release_held(self, now: float) -> list[Action]:
+        """Place held requests that can go now, in order of class and arrival."""
+        actions: list[Action] = []
+        order = sorted(
+            self._held.values(),
+            key=lambda held: (held.request.request_class, held.request.arrival),
+        )
+        for held in order:
+            request = held.request
+            view = self._choose(request, now, held.since)
+            if view is not None:
+                actions.append(self._assign(request, view, now))
+            elif now >= held.deadline:
+                actions.append(self._refuse(request, 503, "no instance is ready"))
+            else:
+                continue
+            del self._held[request.request_id]
+        return actions
+
+    # ---- migration
+
+    def _migration_requested(
+        self, request_id: str, destination: str | None, now: float
+    ) -> list[Action]:
+        def reject(code: str, message: str) -> list[Action]:
+            return [RejectMigration(request_id, code, message)]
+
+        found = self.locate(request_id, now)
+        if found is None:
+            return reject("unknown_request", "no instance holds this request")
+        source, sequence = found
+        if request_id in self.members.transfers or sequence.migrating:
+            return reject("conflict", "the request is migrating already")
+        if destination is None:
+            view = self.members.view(source, now)
+            target = best_destination(view, self.members.views(now), sequence)
+            if target is None:
+                return reject("conflict", "no other instance has room for the request")
+            destination = target.instance_id
+        state = self.members.state(destination, now)
+        if state is InstanceState.GONE:
+            return reject("unknown_instance", f"there is no instance {destination!r}")
+        if destination == source.info.instance_id:
+            return reject("conflict", f"the request is on {destination!r} already")
+        if state is InstanceState.DRAINING:
+            return reject("conflict", f"{destination!r} is draining")
+        return [self._start(Move(sequence, source.info.instance_id, destination, "admin"), now)]
+
+    def _start(self, move: Move, now: float) -> StartMigration:
+        request_id = move.sequence.request_id
+        self.members.transfers[request_id] = Transfer(
+            move.sequence, move.source, move.destination, move.reason, now
+        )
+        self._cooldowns.note(move, now)
+        self._count("migrations_started", move.reason)
+        destination = self.members.loads[move.destination].info
+        return StartMigration(request_id, move.source, destination, move.reason)
+
+    def _migration_ended(self, report: MigrationReport, now: float) -> None:
+        # The part before a colon is the named reason; what follows is for people.
+        self._count("migrations_ended", report.outcome.partition(":")[0])
+        transfer = self.members.transfers.pop(report.request_id, None)
+        if transfer is None:
+            return
+        for instance_id in (transfer.source, transfer.destination):
+            if instance_id in self.members.loads:
+                self.members.loads[instance_id].settled = now
+        if report.outcome != MOVED:
+            return
+        # The home advances the epoch by one when it grants the destination's claim.
+        moved = dataclasses.replace(transfer.sequence, epoch=transfer.sequence.epoch + 1)
+        self.members.release(moved.request_id, moved.epoch)
+        destination = self.members.loads.get(transfer.destination)
+        if destination is not None and not self._is_over(moved):
+            destination.charge(moved, now)
+
+    def _set_draining(self, instance_id: str, on: bool) -> list[Action]:
+        load = self.members.loads.get(instance_id)
+        if load is None:
+            return []
+        load.draining = on
+        if not on and load.report is not None:
+            # Its next report decides whether it still says that it drains.
+            load.report = dataclasses.replace(load.report, draining=False)
+        return [SetDraining(instance_id, on)]
+
+    # ---- time
+
+    def _tick(self, now: float) -> list[Action]:
+        members, config = self.members, self.config.rebalance
+        expired = members.expire(now)
+        if expired:
+            self._count("charges", "expired", expired)
+        for request_id, transfer in list(members.transfers.items()):
+            if now - transfer.since > self.config.migration_timeout:
+                del members.transfers[request_id]
+                self._count("migrations_ended", "forgotten")
+        self._cooldowns.prune(now, config)
+        budget = config.max_in_flight - len(members.transfers)
+        due = config.enabled and now - self._balanced >= config.interval
+        views = members.views(now)
+        draining = any(view.state is InstanceState.DRAINING for view in views)
+        if budget <= 0 or not (due or draining):
+            return []
+        sequences = {view.instance_id: members.staying(view.instance_id) for view in views}
+        barred = {s.request_id for found in sequences.values() for s in found if self._is_over(s)}
+        moves = plan_drain(views, sequences, barred, self._cooldowns, now, budget, config)
+        if due and not moves:
+            self._balanced = now
+            settled = [view for view in views if members.settled(view.instance_id)]
+            moves = plan_balance(settled, sequences, barred, self._cooldowns, now, budget, config)
+        return [self._start(move, now) for move in moves]
+
+    # ---- what is known
+
+    def view(self, now: float) -> ClusterView:
+        """Membership and load, for gateways and operators."""
+        return self.members.cluster_view(now)
+
+    def locate(self, request_id: str, now: float) -> tuple[InstanceLoad, SequenceLoad] | None:
+        """The instance that holds a request under its newest epoch, and what is known of it.
+
+        A request that was placed and not yet reported is found where it was placed.
+        """
+        found = (item for item in self.requests(now) if item[1].request_id == request_id)
+        return max(found, key=lambda item: item[1].epoch, default=None)
+
+    def requests(self, now: float) -> Iterator[tuple[InstanceLoad, SequenceLoad]]:
+        """Every request and where it is: reported ones, then those charged only."""
+        return (item for item in self.members.requests(now) if not self._is_over(item[1]))
+
+    @property
+    def num_held(self) -> int:
+        """Requests that wait for an instance to be ready."""
+        return len(self._held)
+
+    def _is_over(self, sequence: SequenceLoad) -> bool:
+        """Whether a sequence has ended, or is void because of a newer epoch."""
+        known = self._known.get(sequence.request_id)
+        if known is None:
+            return False
+        return known.epoch > sequence.epoch or (
+            known.epoch == sequence.epoch and known.placement is None
+        )
+
+    def _remember(self, request_id: str, known: _Known) -> None:
+        self._known[request_id] = known
+        self._known.move_to_end(request_id)
+        while len(self._known) > self.config.memory:
+            self._known.popitem(last=False)
+
+    def _count(self, kind: str, reason: str, number: int = 1) -> None:
+        self.counters[kind][reason] += number

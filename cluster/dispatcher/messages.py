@@ -1,0 +1,87 @@
+"""What gateways and instances say to the dispatcher, and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from instance.load import InstanceInfo
+from instance.request import RequestClass
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceRequest:
+    """Where should this request run? Metadata only; idempotent by (request_id, epoch).
+
+    Attributes:
+        epoch: The epoch under which the gateway will submit; 1 for a new request, more
+            for a replay.
+        num_tokens: Prompt tokens, and for a replay the emitted ones too.
+        max_tokens: Output tokens at most.
+        avoid: Instances that the gateway saw failing for this request.
+    """
+
+    request_id: str
+    epoch: int
+    gateway_id: str
+    tenant: str
+    request_class: RequestClass
+    num_tokens: int
+    max_tokens: int
+    arrival: float
+    model: str = ""
+    avoid: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The request goes to this instance."""
+
+    request_id: str
+    epoch: int
+    instance_id: str
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The request cannot run now.
+
+    Attributes:
+        status: HTTP status that fits: 429, 503 or 404.
+        reason: For people.
+        retry_after: Seconds.
+    """
+
+    request_id: str
+    epoch: int
+    status: int
+    reason: str
+    retry_after: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceView:
+    """One instance as the dispatcher sees it.
+
+    Attributes:
+        state: "ready", "suspect" or "draining".
+        freeness: Free KV blocks after demand, per running request (Llumnix, section 4.4).
+        load: Used or promised KV blocks over total.
+    """
+
+    info: InstanceInfo
+    state: str
+    freeness: float
+    load: float
+    free_blocks: int
+    running: int
+    waiting: int
+    step_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterView:
+    """Membership and load at one version; gateways place by it while the dispatcher is away."""
+
+    version: int
+    instances: tuple[InstanceView, ...] = field(default_factory=tuple)

@@ -1,0 +1,1 @@
+"""The HTTP front end: the home of the requests that it accepted."""

@@ -1,0 +1,486 @@
+"""Starting and stopping a cluster: Ray, dispatcher, instances and gateways."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from cluster.config import ClusterRef, GatewayConfig, ServeConfig
+from cluster.dispatcher.core import DispatcherConfig
+from cluster.local import write_state
+from cluster.ray_setup import (
+    LaunchError,
+    check_port,
+    free_port,
+    node_address,
+    prepare_ray,
+    short_temp_dir,
+    shut_down_ray,
+)
+from cluster.reporter import DispatcherReporter
+from instance.config import EngineConfig
+from instance.load import InstanceInfo, MigrationReport
+
+# Ray is imported within functions: it reads its environment when it is imported, so
+# `prepare_ray` must come first.
+
+logger = logging.getLogger(__name__)
+
+OBJECT_STORE_BYTES = 100_000_000
+"""Nothing large passes through Ray's object store; by default it takes 30% of memory."""
+ACTOR_CPUS = 0.01
+"""Ray's CPU share of an actor: keeps actors off nodes that declare none, reserves little."""
+CALL_TIMEOUT = 60.0
+OBSERVE_INTERVAL = 2.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Running:
+    """A started cluster.
+
+    Attributes:
+        url: Base URL of the HTTP API, reachable from this machine.
+        model: Name under which clients know the model.
+        admin_key: Key of the admin API.
+        instances: The instances as they started.
+        seconds: What the start took.
+    """
+
+    url: str
+    model: str
+    admin_key: str
+    instances: tuple[InstanceInfo, ...]
+    seconds: float
+
+
+class InstanceProcess:
+    """``instance.actor.InstanceActor``, imported only in its own process.
+
+    The launcher would otherwise load the whole model stack to name the class.
+    """
+
+    def __init__(
+        self,
+        instance_id: str,
+        config: EngineConfig,
+        token: str,
+        host: str | Callable[[], str],
+        reporter: DispatcherReporter,
+    ) -> None:
+        from instance.actor import InstanceActor
+
+        self._actor = InstanceActor(instance_id, config, token, host, reporter)
+
+    def start(self) -> InstanceInfo:
+        return self._actor.start()
+
+    def progress(self) -> str:
+        return self._actor.progress()
+
+    def migrate(self, request_id: str, destination: InstanceInfo, reason: str) -> MigrationReport:
+        return self._actor.migrate(request_id, destination, reason)
+
+    def drain(self, on: bool) -> None:
+        self._actor.drain(on)
+
+    def check(self) -> dict[str, Any]:
+        return self._actor.check()
+
+    def stop(self) -> None:
+        self._actor.stop()
+
+
+class GatewayProcess:
+    """``cluster.gateway.actor.GatewayActor``, imported only in its own process, likewise."""
+
+    def __init__(self, gateway_id: str, config: GatewayConfig, cluster: ClusterRef) -> None:
+        from cluster.gateway.actor import GatewayActor
+
+        self._actor = GatewayActor(gateway_id, config, cluster)
+
+    def start(self) -> str:
+        return self._actor.start()
+
+    def stop(self) -> None:
+        self._actor.stop()
+
+
+def start_dispatcher(config: DispatcherConfig, cluster: ClusterRef) -> Any:
+    """Create the named, detached, restartable dispatcher actor; returns its handle once up."""
+    import ray
+
+    from cluster.dispatcher.actor import DispatcherActor
+
+    handle = (
+        ray.remote(DispatcherActor)
+        .options(
+            name=cluster.dispatcher,
+            namespace=cluster.namespace,
+            lifetime="detached",
+            max_restarts=-1,
+            max_concurrency=10_000,
+            num_cpus=0,
+        )
+        .remote(config, cluster)
+    )
+    ray.get(handle.status.remote(), timeout=CALL_TIMEOUT)
+    return handle
+
+
+class Cluster:
+    """A cluster being started, running, or being stopped, from the launcher's side.
+
+    Args:
+        config: Settings; missing secrets and a port of 0 are filled in.
+        say: Told of progress, a line at a time.
+    """
+
+    def __init__(self, config: ServeConfig, say: Callable[[str], None] = logger.info) -> None:
+        self.config = dataclasses.replace(
+            config,
+            port=config.port or free_port(config.host),
+            admin_key=config.admin_key or secrets.token_urlsafe(24),
+            cluster_token=config.cluster_token or secrets.token_urlsafe(24),
+        )
+        self.ref: ClusterRef = self.config.ref
+        self.running: Running | None = None
+        self._say = say
+        self._temp_dir: str | None = None
+        self._prepared = False
+        self._dispatcher: Any = None
+        self._instances: dict[str, Any] = {}
+        self._gateways: dict[str, Any] = {}
+        self._state_file: Path | None = None
+        self._seen: dict[str, str] = {}
+
+    # ---- start
+
+    def start(self) -> Running:
+        """Start everything and wait until requests are served.
+
+        Raises:
+            LaunchError: if that fails; what was started is stopped then.
+        """
+        begun = time.monotonic()
+        try:
+            check_port(self.config.host, self.config.port)
+            self._start_ray()
+            self._start_dispatcher()
+            infos = self._start_instances()
+            urls = self._start_gateways(min(info.model.max_model_len for info in infos))
+            self._await_members(len(infos))
+        except BaseException as error:
+            self.stop(graceful=False)
+            if isinstance(error, LaunchError | KeyboardInterrupt | SystemExit):
+                raise
+            raise LaunchError(_gist(error)) from error
+        self.running = Running(
+            url=urls[0],
+            model=self.config.served_model_name or self.config.model,
+            admin_key=self.config.admin_key,
+            instances=tuple(infos),
+            seconds=time.monotonic() - begun,
+        )
+        self._seen = {info.instance_id: info.incarnation for info in infos}
+        self._state_file = write_state(self.running.url, self.config.port, self.config.admin_key)
+        return self.running
+
+    def _start_ray(self) -> None:
+        address = self.config.address
+        if not address:
+            self._temp_dir = short_temp_dir()
+        prepare_ray(address, self._temp_dir or "")
+        self._prepared = True
+        import ray
+
+        common: dict[str, Any] = {
+            "namespace": self.ref.namespace,
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+        }
+        if address:
+            self._say(f"Connecting to the Ray cluster at {address}")
+            ray.init(address=address, **common)
+            return
+        self._say("Starting Ray on this machine")
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=self._temp_dir,
+            **common,
+        )
+
+    def _start_dispatcher(self) -> None:
+        self._clear_abandoned()
+        self._dispatcher = start_dispatcher(self.config.dispatcher(), self.ref)
+
+    def _clear_abandoned(self) -> None:
+        """Remove the dispatcher of a cluster of our name whose launcher was killed."""
+        import ray
+
+        try:
+            old = ray.get_actor(self.ref.dispatcher, namespace=self.ref.namespace)
+        except ValueError:
+            return
+        status = ray.get(old.status.remote(), timeout=CALL_TIMEOUT)
+        if status["instances"]:
+            raise LaunchError(
+                f"a cluster named {self.config.cluster_name!r} runs in this Ray cluster already; "
+                "choose another --cluster-name"
+            )
+        ray.kill(old)
+        deadline = time.monotonic() + CALL_TIMEOUT
+        while time.monotonic() < deadline:
+            try:
+                ray.get_actor(self.ref.dispatcher, namespace=self.ref.namespace)
+            except ValueError:
+                return
+            time.sleep(0.1)
+        raise LaunchError("an abandoned dispatcher does not stop")
+
+    def _start_instances(self) -> list[InstanceInfo]:
+        import ray
+
+        config = self.config
+        device = config.device
+        if device == "auto":
+            gpus = ray.cluster_resources().get("GPU", 0)
+            device = "cuda" if gpus >= config.instances else "cpu"
+        host: str | Callable[[], str] = config.instance_host or "127.0.0.1"
+        if config.address and not config.instance_host:
+            host = node_address
+        remote = ray.remote(InstanceProcess)
+        self._say(
+            f"Starting {config.instances} instance{'s' * (config.instances > 1)} of "
+            f"{config.model} on {device}"
+        )
+        for number in range(config.instances):
+            instance_id = f"instance-{number}"
+            self._instances[instance_id] = remote.options(
+                name=self.ref.actor_name(instance_id),
+                namespace=self.ref.namespace,
+                max_restarts=-1,
+                max_concurrency=16,
+                num_cpus=ACTOR_CPUS,
+                num_gpus=1 if device == "cuda" else 0,
+                scheduling_strategy="SPREAD",
+                runtime_env=self._environment(),
+            ).remote(
+                instance_id,
+                config.engine(device),
+                config.cluster_token,
+                host,
+                DispatcherReporter(self.ref),
+            )
+        return self._await_instances()
+
+    def _environment(self) -> dict[str, Any] | None:
+        """What workers on other nodes do not inherit from this process."""
+        if not self.config.address:
+            return None
+        passed = ("HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")
+        names = (*passed, "TOKENIZERS_PARALLELISM")
+        return {"env_vars": {name: os.environ[name] for name in names if name in os.environ}}
+
+    def _await_instances(self) -> list[InstanceInfo]:
+        import ray
+
+        starting = {handle.start.remote(): name for name, handle in self._instances.items()}
+        asked: dict[Any, str] = {}
+        shown: dict[str, str] = {}
+        infos: dict[str, InstanceInfo] = {}
+        deadline = time.monotonic() + self.config.startup_timeout
+        while starting:
+            if time.monotonic() > deadline:
+                late = ", ".join(sorted(starting.values()))
+                raise LaunchError(f"{late}: not ready within {self.config.startup_timeout:g} s")
+            done, _ = ray.wait(list(starting), num_returns=1, timeout=0.5)
+            for reference in done:
+                name = starting.pop(reference)
+                try:
+                    infos[name] = ray.get(reference)
+                except Exception as error:
+                    raise LaunchError(f"{name} did not start: {_gist(error)}") from error
+                self._say(f"{name}: ready, {infos[name].total_blocks} KV blocks")
+            ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0)
+            for reference in ready:
+                name = asked.pop(reference)
+                with contextlib.suppress(Exception):
+                    stage = ray.get(reference)
+                    if stage != shown.get(name) and name in starting.values():
+                        shown[name] = stage
+                        self._say(f"{name}: {stage}")
+            for name in set(starting.values()) - set(asked.values()):
+                asked[self._instances[name].progress.remote()] = name
+        return [infos[name] for name in self._instances]
+
+    def _start_gateways(self, max_model_len: int) -> list[str]:
+        import ray
+
+        remote = ray.remote(GatewayProcess)
+        # A loopback address means this machine; any other may be served from every node.
+        here: Any = "SPREAD"
+        if self.config.host in ("127.0.0.1", "::1", "localhost"):
+            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+            here = NodeAffinitySchedulingStrategy(
+                ray.get_runtime_context().get_node_id(), soft=False
+            )
+        for number in range(self.config.gateways):
+            gateway_id = f"gateway-{number}"
+            self._gateways[gateway_id] = remote.options(
+                name=self.ref.actor_name(gateway_id),
+                namespace=self.ref.namespace,
+                max_restarts=-1,
+                max_concurrency=16,
+                num_cpus=0 if here != "SPREAD" else ACTOR_CPUS,
+                scheduling_strategy=here,
+                runtime_env=self._environment(),
+            ).remote(gateway_id, self.config.gateway(gateway_id, max_model_len), self.ref)
+        urls = []
+        for name, handle in self._gateways.items():
+            try:
+                urls.append(str(ray.get(handle.start.remote(), timeout=2 * CALL_TIMEOUT)))
+            except Exception as error:
+                raise LaunchError(f"{name} did not start: {_gist(error)}") from error
+            self._say(f"{name}: listening on {urls[-1]}")
+        return urls
+
+    def _await_members(self, number: int) -> None:
+        """Wait until the dispatcher has heard of every instance."""
+        import ray
+
+        deadline = time.monotonic() + CALL_TIMEOUT
+        while time.monotonic() < deadline:
+            status = ray.get(self._dispatcher.status.remote(), timeout=CALL_TIMEOUT)
+            if len(status["instances"]) >= number:
+                return
+            time.sleep(0.05)
+        raise LaunchError("the instances do not reach the dispatcher")
+
+    def observe(self) -> None:
+        """Say which instances went or came back since the last call."""
+        import ray
+
+        with contextlib.suppress(Exception):
+            # While the dispatcher is away nothing is known; it says so when it is back.
+            status = ray.get(self._dispatcher.status.remote(0), timeout=1.0)
+            found = {one["instance_id"]: one["incarnation"] for one in status["instances"]}
+            for name in self._instances:
+                before, now = self._seen.get(name), found.get(name)
+                if now is None and before is not None:
+                    self._say(f"{name}: gone; its requests go on elsewhere")
+                elif now is not None and now != before:
+                    self._say(f"{name}: {'back' if before is None else 'restarted'}")
+            self._seen = found
+
+    # ---- stop
+
+    def stop(self, graceful: bool = True) -> None:
+        """Stop everything that was started; safe to call again.
+
+        Args:
+            graceful: Let running requests end, for at most ``drain_grace`` seconds.
+        """
+        if self._state_file is not None:
+            self._state_file.unlink(missing_ok=True)
+            self._state_file = None
+        try:
+            if graceful:
+                self._stop_members()
+        finally:
+            self._kill_members()
+
+    def _stop_members(self) -> None:
+        import ray
+
+        for members, patience in (
+            (self._gateways, self.config.drain_grace + 5.0),
+            (self._instances, 5.0),
+        ):
+            ending = [handle.stop.remote() for handle in members.values()]
+            if ending:
+                ray.wait(ending, num_returns=len(ending), timeout=patience)
+
+    def _kill_members(self) -> None:
+        if not self._prepared:
+            return
+        import ray
+
+        if ray.is_initialized():
+            members = [*self._gateways.values(), *self._instances.values(), self._dispatcher]
+            for handle in filter(None, members):
+                with contextlib.suppress(Exception):
+                    ray.kill(handle, no_restart=True)
+        shut_down_ray(self._temp_dir)
+        self._gateways, self._instances, self._dispatcher = {}, {}, None
+        self._temp_dir = None
+
+
+def serve(
+    config: ServeConfig, say: Callable[[str], None], ready: Callable[[Running], None]
+) -> None:
+    """Run a cluster until SIGINT or SIGTERM; a second signal stops at once.
+
+    Args:
+        config: Settings.
+        say: Told of progress, a line at a time.
+        ready: Called once, when requests are served.
+
+    Raises:
+        LaunchError: if the cluster does not start.
+    """
+    cluster = Cluster(config, say)
+    stopping = threading.Event()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    def finish(number: int, frame: FrameType | None) -> None:
+        stopping.set()
+
+    with _signals(interrupt):
+        try:
+            ready(cluster.start())
+        except KeyboardInterrupt:
+            say("Interrupted")
+            cluster.stop(graceful=False)
+            return
+        with _signals(finish):
+            while not stopping.wait(OBSERVE_INTERVAL):
+                cluster.observe()
+        say("Stopping; once more to stop at once")
+        try:
+            cluster.stop()
+        except KeyboardInterrupt:
+            cluster.stop(graceful=False)
+    say("Stopped")
+
+
+@contextlib.contextmanager
+def _signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM go to ``handler`` within the block."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _gist(error: BaseException) -> str:
+    """The last line of an error; Ray's carry whole tracebacks."""
+    cause = getattr(error, "cause", None) or error
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[-1]

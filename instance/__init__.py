@@ -1,0 +1,1 @@
+"""One model replica: everything needed to run it alone, in process, without Ray."""

@@ -1,0 +1,249 @@
+"""The step loop of an instance: plans step i + 1 while step i runs.
+
+The loop is a chain of callbacks on one thread, so it runs unchanged on an event loop (a
+server) and on a virtual clock (the simulator). Only the executor works elsewhere, and it
+is given arrays, never the loop's own objects.
+
+At a *boundary* no step is launched: the last one has been completed, the next one not yet
+started. Whatever hands KV blocks to a writer outside the step (a reservation for an
+incoming migration) or takes a sequence out of the batch happens there, so that no
+launched step can still touch those blocks.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import statistics
+from collections.abc import Callable
+
+from instance.clock import Clock
+from instance.config import EngineConfig
+from instance.executor import Executor, StepBatch, StepResult
+from instance.kv.blocks import BlockPool
+from instance.request import FinishReason, Sequence, SequenceStatus, StepPlan
+from instance.scheduler import Emission, Scheduler
+
+StepListener = Callable[[list[Emission]], None]
+
+
+class Engine:
+    """Scheduler and executor of one model replica.
+
+    Args:
+        executor: Runs the steps.
+        config: Instance settings.
+        clock: Monotonic time for measurements.
+        post: Runs a callable on the loop's thread, from any thread.
+        on_step: Told the new tokens of each step, while the next step runs already.
+        on_failure: Told once when the executor failed; the engine then stays stopped.
+        on_preempted: Told each sequence that lost its KV.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        config: EngineConfig,
+        clock: Clock,
+        post: Callable[[Callable[[], None]], None],
+        on_step: StepListener,
+        on_failure: Callable[[BaseException], None],
+        on_preempted: Callable[[Sequence], None] = lambda _: None,
+    ) -> None:
+        model = executor.description
+        self.model = model
+        self.executor = executor
+        self.pool = BlockPool(executor.num_blocks, model.block_size)
+        self.salt = f"{model.name}\0{model.adapter}\0{model.dtype}".encode()
+        limits = dataclasses.replace(
+            config.scheduler,
+            max_model_len=min(config.scheduler.max_model_len, model.max_model_len),
+        )
+        self.scheduler = Scheduler(limits, self.pool, self.salt)
+        self.prefix_caching = limits.enable_prefix_caching
+        self.steps = 0
+        self.failed = False
+        self.model_seconds = 0.0
+        self.step_seconds_total = 0.0
+        self._clock = clock
+        self._post = post
+        self._on_step = on_step
+        self._on_failure = on_failure
+        self._on_preempted = on_preempted
+        self._told_preempted = 0
+        self._running: StepPlan | None = None
+        self._planned: StepPlan | None = None
+        self._at_boundary: collections.deque[Callable[[], None]] = collections.deque()
+        self._emissions: list[Emission] = []
+        self._recent: collections.deque[float] = collections.deque(maxlen=32)
+        self._launched_at = 0.0
+        self._released_since_launch = False
+        self._advancing = False
+
+    @property
+    def step_seconds(self) -> float:
+        """Median duration of recent steps in seconds; 0 before the first."""
+        return statistics.median(self._recent) if self._recent else 0.0
+
+    @property
+    def busy(self) -> bool:
+        """A step is running."""
+        return self._running is not None
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a sequence; raises ValueError if it can never fit."""
+        self.scheduler.add(sequence)
+        self._prepare(sequence)
+        self.wake()
+
+    def abort(self, request_id: str) -> Sequence | None:
+        """End a sequence at once; a row of it in the running step counts for nothing."""
+        sequence = self.scheduler.abort(request_id)
+        self._released_since_launch = True
+        self.wake()
+        return sequence
+
+    def insert(self, sequence: Sequence) -> None:
+        """Run a sequence that arrived with its KV; raises ValueError if it cannot."""
+        self.scheduler.insert(sequence)
+        self._prepare(sequence)
+        self.wake()
+
+    def put_back(self, sequence: Sequence) -> None:
+        """Undo ``detach``."""
+        self.scheduler.put_back(sequence)
+        if sequence.held:
+            self._prepare(sequence)
+        self.wake()
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop this very sequence, if it is still live here; its blocks become cached."""
+        if self.scheduler.sequences.get(sequence.request_id) is sequence:
+            self.scheduler.finish(sequence, FinishReason.NOT_FINISHED)
+            self._released_since_launch = True
+            self.wake()
+
+    def at_boundary(self, call: Callable[[], None]) -> None:
+        """Run ``call`` when no step is launched: now if idle, else after the running step."""
+        self._at_boundary.append(call)
+        self.wake()
+
+    def when_blocks_are_safe(self, call: Callable[[], None]) -> None:
+        """Run ``call`` when no launched step can touch a free block: now, or at a boundary.
+
+        Blocks that were free when the running step was launched are not in it; only those
+        released since then may still be written by it.
+        """
+        if self._running is not None and self._released_since_launch:
+            self.at_boundary(call)
+        else:
+            call()
+
+    def detach(self, sequence: Sequence, detached: Callable[[bool], None]) -> None:
+        """Take a sequence out of the batch at the next boundary and call ``detached``.
+
+        ``detached(False)`` says that it had finished or was preempted meanwhile and stays
+        where it is.
+        """
+
+        def take_out() -> None:
+            live = self.scheduler.sequences.get(sequence.request_id) is sequence
+            if not live or self.failed:
+                detached(False)
+                return
+            if self._planned is not None:
+                self.scheduler.drop(self._planned, sequence)
+            self.scheduler.take_out(sequence)
+            detached(True)
+
+        self.at_boundary(take_out)
+
+    def wake(self) -> None:
+        """Start a step if none runs and there is something to do."""
+        if self._running is None and not self._advancing and not self.failed:
+            self._advancing = True
+            self._post(self._advance)
+
+    def _prepare(self, sequence: Sequence) -> None:
+        """Hold a sequence with a grammar until the executor has that ready, so that no step
+        of the others waits for it."""
+        grammar = sequence.request.params.grammar
+        if grammar is None:
+            return
+        sequence.held = True
+        self.executor.prepare(
+            grammar, lambda error: self._post(lambda: self._prepared(sequence, error))
+        )
+
+    def _prepared(self, sequence: Sequence, error: str) -> None:
+        live = self.scheduler.sequences.get(sequence.request_id) is sequence
+        # In handover it may not end here; if it comes back, it is prepared again.
+        if not live or not sequence.held or sequence.status is SequenceStatus.HANDOVER:
+            return
+        if error:
+            self._on_step([self.scheduler.fail(sequence, error)])
+        else:
+            sequence.held = False
+        self.wake()
+
+    def _advance(self) -> None:
+        """At a boundary: start the next step, then tell the last one's tokens and plan on."""
+        try:
+            if self._at_boundary:
+                # A sequence about to leave must not take its last tokens' time with it.
+                self._tell_emissions()
+            while self._at_boundary:
+                self._at_boundary.popleft()()
+            plan = self._planned or self._plan()
+            self._planned = None
+            self.scheduler.patch(plan)
+            self._tell_preempted(plan)
+            if plan.rows:
+                self._running = plan
+                self._released_since_launch = False
+                self._launched_at = self._clock.now()
+                batch = StepBatch.build(plan, self.pool.block_size)
+                self.executor.launch(batch, self._step_ended)
+        finally:
+            self._advancing = False
+        self._tell_emissions()
+        if self._running is not None:
+            self._planned = self._plan()
+
+    def _tell_emissions(self) -> None:
+        emissions, self._emissions = self._emissions, []
+        if emissions:
+            self._on_step(emissions)
+
+    def _plan(self) -> StepPlan:
+        plan = self.scheduler.schedule()
+        self._told_preempted = 0
+        self._tell_preempted(plan)
+        return plan
+
+    def _tell_preempted(self, plan: StepPlan) -> None:
+        told, self._told_preempted = self._told_preempted, len(plan.preempted)
+        for sequence in plan.preempted[told:]:
+            self._released_since_launch = True
+            self._on_preempted(sequence)
+
+    def _step_ended(self, result: StepResult | BaseException) -> None:
+        self._post(lambda: self._complete(result))
+
+    def _complete(self, result: StepResult | BaseException) -> None:
+        plan = self._running
+        assert plan is not None
+        self._running = None
+        if isinstance(result, BaseException):
+            self.failed = True
+            self._on_failure(result)
+            return
+        self.steps += 1
+        self._recent.append(self._clock.now() - self._launched_at)
+        self.step_seconds_total += self._recent[-1]
+        self.model_seconds += result.model_duration
+        self._emissions.extend(
+            self.scheduler.complete(plan, result.tokens.tolist(), result.logprobs, result.errors)
+        )
+        self._advancing = True
+        self._advance()

@@ -1,0 +1,105 @@
+"""What an instance reports of its load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from instance.executor import ModelDescription
+from instance.request import RequestClass
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceLoad:
+    """One sequence as the dispatcher needs to see it.
+
+    Attributes:
+        blocks: KV blocks held (running) or wanted for the prompt (waiting).
+        num_tokens: Tokens known.
+        migrating: Takes part in a migration already.
+    """
+
+    request_id: str
+    epoch: int
+    tenant: str
+    request_class: RequestClass
+    home: str
+    running: bool
+    blocks: int
+    num_tokens: int
+    migrating: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """State of an instance at one instant.
+
+    Attributes:
+        instance_id: Name of the instance.
+        incarnation: Changes each time the instance starts.
+        number: Increases with every report of an incarnation.
+        total_blocks: Usable KV blocks.
+        free_blocks: Blocks free or cached.
+        reserved_blocks: Blocks reserved for incoming migrations.
+        step_seconds: Median duration of recent steps; 0 before the first.
+        sequences: Running first, then waiting in queue order.
+    """
+
+    instance_id: str
+    incarnation: str
+    number: int
+    total_blocks: int
+    free_blocks: int
+    reserved_blocks: int
+    step_seconds: float
+    sequences: tuple[SequenceLoad, ...]
+    migrations_out: int = 0
+    migrations_in: int = 0
+    draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceInfo:
+    """How to reach a started instance, and what it is.
+
+    Attributes:
+        address: "host:port" of its gRPC server.
+        node: Name of the machine it runs on.
+        pid: Its process on that machine.
+    """
+
+    instance_id: str
+    incarnation: str
+    address: str
+    node: str
+    model: ModelDescription
+    total_blocks: int
+    max_num_seqs: int
+    pid: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationReport:
+    """How one migration attempt ended, as its source saw it.
+
+    Attributes:
+        outcome: "moved", or the named reason why the request stayed.
+        stages: Copy stages, the tail included.
+        bytes_copied: KV bytes sent.
+        copies: Contiguous runs sent.
+        duration: Seconds from the offer to the release.
+        detached: Seconds from the step boundary at which the request left the source's
+            batch to the release.
+    """
+
+    request_id: str
+    attempt: str
+    source: str
+    destination: str
+    reason: str
+    outcome: str
+    stages: int = 0
+    blocks: int = 0
+    bytes_copied: int = 0
+    copies: int = 0
+    duration: float = 0.0
+    detached: float = 0.0

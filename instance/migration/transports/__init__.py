@@ -1,0 +1,1 @@
+"""How KV blocks travel from one instance to another."""

@@ -1,0 +1,339 @@
+"""Fewer and cheaper operations inside transformers' own model, on the CPU.
+
+A decode step of a small model is bound by reading its weights and by the number of
+operations. Some parts of a loaded model are therefore exchanged: query, key and value
+projections become one product, normalisation one operation, the rotary embedding three
+instead of seven per tensor, and linear layers and gated MLPs multiply packed weights (see
+``packing``). The model's code stays transformers'; every part is exchanged only where it
+computes the same as before, and all are put back if the model as a whole does not.
+docs/engine-cpu.md has what each is worth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import logging
+import types
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from transformers import PreTrainedModel
+
+from instance.model.context import AttentionOptions, forward_context
+from instance.model.packing import (
+    ACTIVATIONS,
+    PackedLinear,
+    PackedMlp,
+    can_pack,
+    nearly_equal,
+    probe,
+)
+from instance.model.support import text_config
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+"""Largest difference of a part's output, relative to its largest value."""
+HALF_TOLERANCE = 0.03
+MODEL_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+"""The same for the logits of the whole model."""
+HALF_MODEL_TOLERANCE = 0.2
+ROTARY = "apply_rotary_pos_emb"
+"""The function that the attention layers of transformers call by this global name."""
+
+Undo = list[Callable[[], object]]
+
+logger = logging.getLogger(__name__)
+
+
+def optimise(model: PreTrainedModel) -> bool:
+    """Exchange what can be exchanged, in place; the model must be on the CPU and not train.
+
+    Returns:
+        Whether anything was; if not, the model is as it was.
+    """
+    undo: Undo = []
+    before = _logits(model)
+    try:
+        for module in list(model.modules()):
+            _join_projections(module, undo)
+        _replace_norms(model, undo)
+        _replace_rotary(model, model.dtype, undo)
+        _wrap_linears(model, undo)
+        same = nearly_equal(
+            before, _logits(model), MODEL_TOLERANCE.get(model.dtype, HALF_MODEL_TOLERANCE)
+        )
+    except Exception:
+        logger.debug("the model cannot run with exchanged parts", exc_info=True)
+        same = False
+    if not same:
+        logger.warning("%s runs unoptimised: its output would differ", model.config.model_type)
+        for step in reversed(undo):
+            step()
+        return False
+    # What was exchanged can go, so that no weight is held twice for long.
+    undo.clear()
+    if can_pack(model.dtype, model.device):
+        for module in model.modules():
+            if isinstance(module, PackedLinear):
+                module.pack()
+        _replace_mlps(model, model.dtype)
+        _release_freed_memory()
+    return True
+
+
+def _release_freed_memory() -> None:
+    # glibc keeps what the plain weights took; other C libraries have no such call.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+class _Causal:
+    """Attention of one sequence over itself, for a pass without KV."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
+    ) -> Tensor:
+        out = scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=options.scaling, enable_gqa=True
+        )
+        return out.transpose(1, 2)
+
+
+def _logits(model: PreTrainedModel) -> Tensor:
+    ids = torch.arange(11, 23)[None] % text_config(model.config).vocab_size
+    positions = torch.arange(ids.shape[1])[None]
+    with torch.inference_mode(), forward_context(_Causal()):
+        logits: Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    return logits
+
+
+def _exchange(parent: nn.Module, name: str, module: nn.Module, undo: Undo) -> None:
+    before = getattr(parent, name)
+    setattr(parent, name, module)
+    undo.append(lambda: setattr(parent, name, before))
+
+
+def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Every module below ``model`` with its parent and its name there."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            yield parent, name, child
+
+
+class JoinedLinears(nn.Module):
+    """Linear layers of one input as one product, taken when the first of them is asked.
+
+    Args:
+        linears: Layers of the same input, all with a bias or all without. Their weights
+            become views of the joint one.
+    """
+
+    def __init__(self, linears: list[nn.Linear]) -> None:
+        super().__init__()
+        weight = torch.cat([one.weight.data for one in linears])
+        self._sizes = [one.out_features for one in linears]
+        for one, part in zip(linears, weight.split(self._sizes), strict=True):
+            one.weight.data = part
+        biases = [one.bias.data for one in linears if one.bias is not None]
+        self.linear = PackedLinear(weight, torch.cat(biases) if biases else None)
+        # A list, since a module takes long to set an attribute.
+        self._latest: list[tuple[Tensor | None, tuple[Tensor, ...]]] = [(None, ())]
+
+    def output(self, index: int, x: Tensor) -> Tensor:
+        """What the layer of this index makes of ``x``."""
+        # Held, so the same object is the same input.
+        latest, outputs = self._latest[0]
+        if latest is not x:
+            outputs = self.linear(x).split(self._sizes, -1)
+            self._latest[0] = (x, outputs)
+        if index == len(self._sizes) - 1:
+            self._latest[0] = (None, ())
+        return outputs[index]
+
+
+class JoinedLinear(nn.Module):
+    """One of ``JoinedLinears``, in the place of the layer that it was."""
+
+    def __init__(self, joined: JoinedLinears, index: int) -> None:
+        super().__init__()
+        self.joined = joined
+        self._output = functools.partial(joined.output, index)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., outputs] of [..., inputs]."""
+        return self._output(x)
+
+
+def _join_projections(module: nn.Module, undo: Undo) -> None:
+    names = ("q_proj", "k_proj", "v_proj")
+    linears = [getattr(module, name, None) for name in names]
+    found = [one for one in linears if type(one) is nn.Linear]
+    if len(found) < len(names):
+        return
+    if len({(one.in_features, one.bias is None) for one in found}) > 1:
+        return
+    joined = JoinedLinears(found)
+    for index, name in enumerate(names):
+        _exchange(module, name, JoinedLinear(joined, index), undo)
+
+
+def _wrap_linears(model: nn.Module, undo: Undo) -> None:
+    for parent, name, child in _children(model):
+        if type(child) is nn.Linear:
+            _exchange(parent, name, PackedLinear(child.weight, child.bias), undo)
+
+
+class RmsNorm(nn.Module):
+    """Root mean square normalisation as one operation.
+
+    Args:
+        weight: [width] factors.
+        eps: Added to the mean square.
+        wide: Compute in float32 where the weight is float32 and the input is not.
+    """
+
+    def __init__(self, weight: Tensor, eps: float, wide: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        # Parameters are slow to look up.
+        self._settings = ((weight.shape[0],), self.weight.data, eps)
+        self._wide = wide
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The shape and type of ``x``, normalised over the last dimension."""
+        if self._wide:
+            return rms_norm(x.float(), *self._settings).to(x.dtype)
+        return rms_norm(x, *self._settings)
+
+
+def _replace_norms(model: nn.Module, undo: Undo) -> None:
+    for parent, name, child in _children(model):
+        if type(child).__name__.endswith("RMSNorm"):
+            norm = _rms_norm(child)
+            if norm is not None:
+                _exchange(parent, name, norm, undo)
+
+
+def _rms_norm(module: nn.Module) -> RmsNorm | None:
+    """A norm that computes what ``module`` does, or None if none is known."""
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float):
+        return None
+    x = probe(weight.shape[0], weight.dtype)
+    tolerance = TOLERANCE.get(weight.dtype, HALF_TOLERANCE)
+    half = weight.dtype in (torch.bfloat16, torch.float16)
+    # The models of the Gemma family keep their factors less one, and multiply in float32.
+    offset = 1 + (weight.float() if half else weight)
+    for norm in (RmsNorm(weight, eps, False), RmsNorm(offset, eps, half)):
+        # A second scale tells where eps is added.
+        if all(
+            nearly_equal(module(scale * x), norm(scale * x), tolerance) for scale in (1.0, 1e-3)
+        ):
+            return norm
+    return None
+
+
+class Rotary:
+    """Rotary position embedding of query and key in three operations each.
+
+    The halves are swapped whole and the sign goes to the sine, once per step: layers are
+    given the same cosine and sine, or one of a few pairs.
+
+    Args:
+        original: What computes the shapes and types that this does not.
+    """
+
+    def __init__(self, original: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        self._original = original
+        self._known: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+
+    def __call__(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Query and key rotated; cos and sin are [1, T, head_dim]."""
+        if q.shape[-1] != sin.shape[-1] or q.dtype != sin.dtype:
+            return self._original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+        key = (id(cos), id(sin), unsqueeze_dim)
+        known = self._known.get(key)
+        half = q.shape[-1] // 2
+        if known is None:
+            if len(self._known) >= 4:
+                self._known.clear()
+            signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+            # The originals are held so that their ids stay theirs.
+            known = (cos, sin, cos.unsqueeze(unsqueeze_dim), signed.unsqueeze(unsqueeze_dim))
+            self._known[key] = known
+        _, _, cos, signed = known
+        return (
+            torch.addcmul(q * cos, q.roll(half, -1), signed),
+            torch.addcmul(k * cos, k.roll(half, -1), signed),
+        )
+
+
+def _replace_rotary(model: nn.Module, dtype: torch.dtype, undo: Undo) -> None:
+    """Give attention layers a copy of their forward function with another global.
+
+    The function of transformers' module itself stays, for other models in the process.
+    """
+    copies: dict[types.FunctionType, types.FunctionType | None] = {}
+    for module in model.modules():
+        forward = type(module).forward
+        if not isinstance(forward, types.FunctionType) or "forward" in vars(module):
+            continue
+        if ROTARY not in forward.__code__.co_names or ROTARY not in forward.__globals__:
+            continue
+        if forward not in copies:
+            copies[forward] = _with_rotary(forward, dtype)
+        copy = copies[forward]
+        if copy is not None:
+            vars(module)["forward"] = types.MethodType(copy, module)
+            undo.append(functools.partial(vars(module).pop, "forward"))
+
+
+def _with_rotary(forward: types.FunctionType, dtype: torch.dtype) -> types.FunctionType | None:
+    original = forward.__globals__[ROTARY]
+    rotary = Rotary(original)
+    # Either half has angles of its own, so that another layout of the pairs shows.
+    angles = probe(16, torch.float64)
+    args = (
+        probe(48, dtype).view(1, 3, 3, 16).transpose(1, 2),
+        probe(32, dtype).view(1, 3, 2, 16).transpose(1, 2),
+        angles.cos().to(dtype),
+        angles.sin().to(dtype),
+    )
+    try:
+        pairs = list(zip(original(*args), rotary(*args), strict=True))
+    except Exception:
+        return None
+    tolerance = TOLERANCE.get(dtype, HALF_TOLERANCE)
+    if not all(nearly_equal(expected, found, tolerance) for expected, found in pairs):
+        return None
+    scope = {**forward.__globals__, ROTARY: rotary}
+    copy = types.FunctionType(
+        forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    copy.__kwdefaults__ = forward.__kwdefaults__
+    return copy
+
+
+def _replace_mlps(model: nn.Module, dtype: torch.dtype) -> None:
+    """Gated MLPs of packed layers, where the two agree on some input."""
+    for parent, name, child in _children(model):
+        layers = [getattr(child, part, None) for part in ("gate_proj", "up_proj", "down_proj")]
+        packed = [one for one in layers if isinstance(one, PackedLinear) and one.packed is not None]
+        activate = getattr(child, "act_fn", None)
+        if len(packed) < len(layers) or not callable(activate):
+            continue
+        x = probe(packed[0].in_features, dtype)
+        tolerance = TOLERANCE.get(dtype, HALF_TOLERANCE)
+        for known, algorithm, function in ACTIVATIONS:
+            if not nearly_equal(function(x), activate(x), tolerance):
+                continue
+            mlp = PackedMlp(packed[0], packed[1], packed[2], (known, algorithm))
+            if nearly_equal(child(x), mlp(x), tolerance):
+                setattr(parent, name, mlp)
+                break

@@ -1,0 +1,532 @@
+"""What the next step computes, who enters the batch, and who is preempted.
+
+One rule covers prefill, chunked prefill, decode and recompute (vLLM V1): a sequence has
+``num_tokens`` and ``num_computed``, and a step lets some sequences catch up under a token
+budget. Decodes come first, so none is skipped because a prefill arrived (Sarathi-Serve,
+OSDI '24); then running prefills in chunks; then waiting sequences.
+
+The engine plans one step ahead. In order, for every step i::
+
+    plan = schedule()           # while step i runs; num_computed counts planned positions
+    complete(plan_i, tokens)    # step i ended; its tokens become known
+    patch(plan)                 # right before launch: what ended leaves, what came enters
+
+Between ``complete`` and ``patch`` no step is launched, so ``take_out``, ``put_back`` and
+``insert`` belong there.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from instance.config import SchedulerConfig
+from instance.kv.blocks import BlockPool, IntegrityError
+from instance.kv.tables import BlockTables
+from instance.request import (
+    FinishReason,
+    Row,
+    Sequence,
+    SequenceStatus,
+    StepPlan,
+    TokenLogprobs,
+)
+
+_RUNNING = SequenceStatus.RUNNING
+_WAITING = SequenceStatus.WAITING
+_HANDOVER = SequenceStatus.HANDOVER
+_NO_LOGPROBS: Mapping[int, TokenLogprobs] = MappingProxyType({})
+_NO_ERRORS: Mapping[int, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """New tokens of a sequence, in the order of their output index.
+
+    Attributes:
+        index: Output index of the first of ``tokens``.
+        finish_reason: NOT_FINISHED while more will come.
+        logprobs: One for each of ``tokens``, or none.
+    """
+
+    sequence: Sequence
+    index: int
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+def priority(sequence: Sequence) -> tuple[int, float, str]:
+    """Sort key: what is smaller is served first and preempted last."""
+    request = sequence.request
+    return request.request_class, request.arrival, request.request_id
+
+
+class _Draft:
+    """A plan in the making: at most one row per sequence, and the token budget left."""
+
+    def __init__(self, plan: StepPlan, budget: int) -> None:
+        self.plan = plan
+        self.rows = {row.sequence: row for row in plan.rows}
+        self.budget = budget - plan.num_tokens
+
+    def put(self, sequence: Sequence, count: int) -> None:
+        start = sequence.num_computed
+        samples = start + count == sequence.num_tokens
+        self.rows[sequence] = Row(sequence, start, count, samples)
+        self.budget -= count
+        sequence.num_computed = start + count
+        if samples:
+            sequence.num_in_flight += 1
+
+    def drop(self, sequence: Sequence) -> None:
+        row = self.rows.pop(sequence, None)
+        if row is not None:
+            self.budget += row.length
+            sequence.num_computed = row.start
+            if row.samples:
+                sequence.num_in_flight -= 1
+
+    def make_room(self) -> bool:
+        """Have budget for a decode: if need be, the last prefill row is cut by one token."""
+        if self.budget:
+            return True
+        for row in reversed(self.rows.values()):
+            if row.length > 1 or not row.samples:
+                self.drop(row.sequence)
+                if row.length > 1:
+                    self.put(row.sequence, row.length - 1)
+                return True
+        return False
+
+    def finish(self) -> None:
+        """Write the rows back: decodes first, each kind in the order of entry."""
+        rows = self.rows.values()
+        self.plan.rows = [row for row in rows if row.length == 1 and row.samples]
+        self.plan.rows += [row for row in rows if row.length != 1 or not row.samples]
+
+
+class Scheduler:
+    """Owns the sequences of an instance and their blocks.
+
+    The batch never holds more than ``max_num_seqs`` rows, nor more than
+    ``max_num_batched_tokens``, so that every decode always fits the token budget.
+
+    Args:
+        config: Limits of a step.
+        pool: Blocks; only the scheduler hands them to sequences.
+        salt: What KV depends on besides tokens (model, dtype); roots the block hashes.
+
+    Attributes:
+        sequences: Live sequences by request id, in whatever state.
+        running: Sequences in the batch, by priority.
+        waiting: The queue, by priority.
+    """
+
+    def __init__(self, config: SchedulerConfig, pool: BlockPool, salt: bytes = b"") -> None:
+        if config.max_num_seqs < 1 or config.max_num_batched_tokens < 1:
+            raise ValueError("max_num_seqs and max_num_batched_tokens must be at least 1")
+        self.config = config
+        self.pool = pool
+        self.max_num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self.sequences: dict[str, Sequence] = {}
+        self.running: list[Sequence] = []
+        self.waiting: list[Sequence] = []
+        self._tables = BlockTables(pool, salt, config.enable_prefix_caching)
+        self._number = 0
+
+    # ---- sequences come and go
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence that holds no KV.
+
+        Raises:
+            ValueError: Its id is live already, it has no token to draw within its limits,
+                or it could never fit the pool.
+        """
+        self._check_limits(sequence)
+        sequence.status = _WAITING
+        self.sequences[sequence.request_id] = sequence
+        insort(self.waiting, sequence, key=priority)
+
+    def insert(self, sequence: Sequence) -> None:
+        """Run a sequence that arrived by migration, with its KV in blocks already held.
+
+        The caller's references to the blocks become the sequence's.
+
+        Raises:
+            ValueError: As for ``add``, or its counters and blocks do not agree.
+        """
+        self._check_limits(sequence)
+        computed = sequence.num_computed
+        if (
+            not 0 < computed < len(sequence.tokens)
+            or sequence.num_written != computed
+            or sequence.num_in_flight
+            or len(sequence.block_table) * self.pool.block_size < computed
+        ):
+            raise ValueError(
+                f"{sequence.request_id}: cannot run with {len(sequence.tokens)} tokens, "
+                f"{computed} computed, {sequence.num_written} written, "
+                f"{sequence.num_in_flight} in flight, {len(sequence.block_table)} blocks"
+            )
+        sequence.status = _RUNNING
+        self.sequences[sequence.request_id] = sequence
+        insort(self.running, sequence, key=priority)
+        self._tables.seal(sequence)
+
+    def abort(self, request_id: str) -> Sequence | None:
+        """End a sequence in whatever state and release its blocks; None if unknown.
+
+        A row of it in a launched step counts for nothing when that step ends.
+        """
+        sequence = self.sequences.get(request_id)
+        if sequence is not None:
+            self.finish(sequence, FinishReason.ABORT)
+        return sequence
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End a live sequence; its full blocks stay in the prefix cache until reused.
+
+        For a sequence that has moved away ``reason`` is NOT_FINISHED: it goes on elsewhere.
+        """
+        if self.sequences.get(sequence.request_id) is not sequence:
+            raise IntegrityError(f"{sequence.request_id} is not a live sequence here")
+        self._leave(sequence)
+        del self.sequences[sequence.request_id]
+        sequence.status = SequenceStatus.FINISHED
+        sequence.finish_reason = reason
+        self._tables.release(sequence)
+
+    def fail(self, sequence: Sequence, error: str) -> Emission:
+        """End a live sequence that cannot go on, and say so to its home."""
+        sequence.error = error
+        self.finish(sequence, FinishReason.ERROR)
+        return Emission(sequence, sequence.num_output, (), FinishReason.ERROR)
+
+    def take_out(self, sequence: Sequence) -> None:
+        """Out of the batch or the queue, into HANDOVER; it keeps what KV it has.
+
+        Raises:
+            IntegrityError: A launched or planned step still computes or draws for it; wait
+                for the step's end and ``drop`` it from the plan.
+        """
+        if sequence.num_in_flight or sequence.num_computed != sequence.num_written:
+            raise IntegrityError(
+                f"{sequence.request_id}: {sequence.num_in_flight} tokens in flight, "
+                f"{sequence.num_computed} computed, {sequence.num_written} written"
+            )
+        self._leave(sequence)
+        sequence.status = _HANDOVER
+        if not sequence.num_computed:
+            self._tables.release(sequence)  # blocks of a first row that was dropped
+
+    def put_back(self, sequence: Sequence) -> None:
+        """Undo ``take_out``: back into the batch with its KV, else into the queue."""
+        if sequence.status is not _HANDOVER:
+            raise IntegrityError(f"{sequence.request_id} is {sequence.status}, not in handover")
+        if sequence.num_computed:
+            sequence.status = _RUNNING
+            insort(self.running, sequence, key=priority)
+        else:
+            sequence.status = _WAITING
+            insort(self.waiting, sequence, key=priority)
+
+    # ---- steps
+
+    def schedule(self) -> StepPlan:
+        """Plan the next step; the one before may still run.
+
+        A row may refer to a position whose token is not known yet. Counters move as if the
+        step were done: ``num_computed`` by the row's count, and ``num_in_flight`` where it
+        draws.
+        """
+        self._number += 1
+        plan = StepPlan(self._number)
+        draft = _Draft(plan, self.config.max_num_batched_tokens)
+        self._catch_up(draft)
+        if not plan.preempted:
+            self._admit(draft)
+        draft.finish()
+        return plan
+
+    def patch(self, plan: StepPlan) -> None:
+        """Bring a plan up to date right before its launch; the step before has completed.
+
+        Rows of sequences that ended or left are dropped; sequences that run but have no row
+        get one, then waiting ones are admitted, as far as the step's limits allow. A decode
+        that joins here takes its token from a planned prefill if the budget is used up. All
+        tokens of the rows are known afterwards.
+        """
+        draft = _Draft(plan, self.config.max_num_batched_tokens)
+        for row in plan.rows:
+            if row.sequence.status is not _RUNNING:
+                draft.drop(row.sequence)
+        self._catch_up(draft)
+        # A plan left empty must not wait for a step that will never end.
+        if not plan.preempted or not draft.rows:
+            self._admit(draft)
+        draft.finish()
+
+    def drop(self, plan: StepPlan, sequence: Sequence) -> None:
+        """Take a sequence's row out of a plan that is not launched, if it has one.
+
+        Blocks allocated for the row stay in its block table.
+        """
+        draft = _Draft(plan, self.config.max_num_batched_tokens)
+        draft.drop(sequence)
+        draft.finish()
+
+    def complete(
+        self,
+        plan: StepPlan,
+        tokens: SequenceOf[int],
+        logprobs: Mapping[int, TokenLogprobs] = _NO_LOGPROBS,
+        errors: Mapping[int, str] = _NO_ERRORS,
+    ) -> list[Emission]:
+        """Account for a step that has ended; steps complete in the order of their launch.
+
+        Args:
+            plan: The plan as it was launched.
+            tokens: The tokens drawn, one per row that samples, in the order of the rows.
+            logprobs: Of the tokens whose sequences ask for them, by index in ``tokens``.
+            errors: Draws that could not be made, by index in ``tokens``, and why: they end
+                their sequences.
+
+        Returns:
+            The new tokens of every sequence that is still live.
+
+        Raises:
+            ValueError: There are not as many tokens as sampling rows.
+        """
+        draws = sum(1 for row in plan.rows if row.samples)
+        if draws != len(tokens):
+            raise ValueError(f"step {plan.number}: {len(tokens)} tokens for {draws} rows")
+        emissions: list[Emission] = []
+        following = 0
+        for sequence, start, count, samples in plan.rows:
+            draw = following
+            following += samples
+            if sequence.status is SequenceStatus.FINISHED:
+                continue
+            # A sequence preempted since the launch is waiting (it cannot have returned: the
+            # plan made meanwhile admits nobody). Its token is valid, its KV is gone.
+            if sequence.status is _RUNNING and sequence.num_written == start:
+                sequence.num_written = start + count
+            if not samples:
+                self._tables.seal(sequence)
+                continue
+            index = sequence.num_output
+            sequence.num_in_flight -= 1
+            if draw in errors:
+                emissions.append(self.fail(sequence, errors[draw]))
+                continue
+            sequence.tokens.append(tokens[draw])
+            figures: tuple[TokenLogprobs, ...] = ()
+            if draw in logprobs:
+                figures = (logprobs[draw],)
+                sequence.logprobs.append(logprobs[draw])
+            self._tables.seal(sequence)
+            reason = self._finish_reason(sequence)
+            if reason is not FinishReason.NOT_FINISHED:
+                self.finish(sequence, reason)
+            emissions.append(Emission(sequence, index, (tokens[draw],), reason, figures))
+        return emissions
+
+    # ---- figures and checks
+
+    def has_work(self) -> bool:
+        """Something runs or waits; sequences in handover are not work."""
+        return bool(self.running or self.waiting)
+
+    def waiting_blocks(self) -> int:
+        """Blocks that the waiting sequences want for their known tokens."""
+        return sum(self._tables.blocks_for(len(sequence.tokens)) for sequence in self.waiting)
+
+    def check_integrity(self, held: Mapping[int, int] | Iterable[int] = ()) -> None:
+        """Check sequences, queues and pool against each other.
+
+        Args:
+            held: References to held blocks outside the scheduler's sequences (an incoming
+                migration's prefix hits and committed blocks): counts by block, or block ids,
+                one per reference. Reserved blocks have none.
+
+        Raises:
+            IntegrityError: With what is wrong.
+        """
+        refs: Counter[int] = Counter(held)
+        for request_id, sequence in self.sequences.items():
+            refs.update(sequence.block_table)
+            status = sequence.status
+            queue = {_RUNNING: self.running, _WAITING: self.waiting, _HANDOVER: None}.get(status)
+            if status is SequenceStatus.FINISHED or (queue is not None and sequence not in queue):
+                raise IntegrityError(f"{request_id} is {status} but not in its queue")
+            room = len(sequence.block_table) * self.pool.block_size
+            computed, written = sequence.num_computed, sequence.num_written
+            if not 0 <= written <= computed <= min(room, sequence.num_tokens):
+                raise IntegrityError(
+                    f"{request_id}: {written} written, {computed} computed of "
+                    f"{sequence.num_tokens} tokens in room for {room}"
+                )
+            if status is _WAITING and (sequence.block_table or computed):
+                raise IntegrityError(f"{request_id} is waiting but holds KV")
+        for name, queue in (("running", self.running), ("waiting", self.waiting)):
+            if queue != sorted(queue, key=priority):
+                raise IntegrityError(f"the {name} queue is not in order")
+            for sequence in queue:
+                if self.sequences.get(sequence.request_id) is not sequence:
+                    raise IntegrityError(f"{sequence.request_id} is {name} but not live")
+        if sum(1 for s in self.sequences.values() if s.status is not _HANDOVER) != (
+            len(self.running) + len(self.waiting)
+        ):
+            raise IntegrityError("a sequence is queued twice")
+        self.pool.check_integrity(refs)
+
+    # ---- planning
+
+    def _catch_up(self, draft: _Draft) -> None:
+        """Rows for running sequences that have none: decodes, then prefills in chunks."""
+        prefills: list[Sequence] = []
+        rows = draft.rows
+        for sequence in self.running[:]:
+            if sequence in rows or sequence.status is not _RUNNING or sequence.held:
+                continue
+            remaining = sequence.num_tokens - sequence.num_computed
+            if remaining > 1:
+                prefills.append(sequence)
+            elif (
+                remaining == 1
+                and not self._is_last(sequence)
+                and len(rows) < self.max_num_seqs
+                and draft.make_room()
+                and self._grow(draft, sequence, 1)
+            ):
+                draft.put(sequence, 1)
+        for sequence in prefills:
+            if sequence.status is not _RUNNING:
+                continue  # preempted by another's growth
+            if not draft.budget or len(rows) >= self.max_num_seqs:
+                break
+            count = min(sequence.num_tokens - sequence.num_computed, draft.budget)
+            if self._grow(draft, sequence, count):
+                draft.put(sequence, count)
+
+    def _admit(self, draft: _Draft) -> None:
+        """Waiting sequences enter strictly in order: a head that does not fit yet waits.
+
+        Held ones are passed over.
+        """
+        at = 0
+        while (
+            at < len(self.waiting)
+            and draft.budget
+            and len(draft.rows) < self.max_num_seqs
+            and len(self.running) < self.max_num_seqs
+        ):
+            sequence = self.waiting[at]
+            if sequence.held:
+                at += 1
+                continue
+            # A preempted sequence whose last token is not known yet is not whole. A free
+            # block is left for each running sequence, so that the newcomer's entry is not
+            # paid with a preemption at the next block border.
+            if sequence.num_in_flight or not self._tables.place(sequence, len(self.running)):
+                break
+            del self.waiting[at]
+            sequence.status = _RUNNING
+            insort(self.running, sequence, key=priority)
+            draft.put(sequence, min(sequence.num_tokens - sequence.num_computed, draft.budget))
+
+    def _grow(self, draft: _Draft, sequence: Sequence, count: int) -> bool:
+        """Blocks for ``count`` more positions, preempting others if need be.
+
+        The victim is the running sequence of lowest priority; false if that is the growing
+        sequence itself.
+        """
+        while not self._tables.grow(sequence, sequence.num_computed + count):
+            victim = self.running[-1]
+            self._preempt(draft, victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, draft: _Draft, victim: Sequence) -> None:
+        draft.drop(victim)
+        draft.plan.preempted.append(victim)
+        self._leave(victim)
+        self._give_up_kv(victim)
+        victim.num_preemptions += 1
+        victim.status = _WAITING
+        insort(self.waiting, victim, key=priority)
+
+    def _give_up_kv(self, victim: Sequence) -> None:
+        """What becomes of a victim's KV: the one place where that is chosen.
+
+        Recompute: the blocks are released at once. Full ones stay in the prefix cache, so
+        what is not overwritten until the victim returns is not computed again. Swapping
+        the KV out to host memory instead would start here.
+        """
+        self._tables.release(victim)
+
+    # ---- small parts
+
+    def _check_limits(self, sequence: Sequence) -> None:
+        name = sequence.request_id
+        if name in self.sequences:
+            raise ValueError(f"request {name} is already here")
+        if not sequence.num_prompt:
+            raise ValueError(f"request {name} has an empty prompt")
+        limit = self._limit(sequence)
+        if len(sequence.tokens) >= limit:
+            raise ValueError(
+                f"request {name}: no token is left to draw: {len(sequence.tokens)} known, "
+                f"at most {limit} by its max_tokens of {sequence.request.params.max_tokens} "
+                f"and max_model_len {self.config.max_model_len}"
+            )
+        # The last token drawn is never an input, so it needs no KV.
+        needed = self._tables.blocks_for(limit - 1)
+        if needed > self.pool.num_usable:
+            raise ValueError(
+                f"request {name}: prompt and output of up to {limit} tokens (max_model_len "
+                f"{self.config.max_model_len}) need {needed} KV blocks, "
+                f"the pool has {self.pool.num_usable}"
+            )
+
+    def _limit(self, sequence: Sequence) -> int:
+        """Tokens at which the sequence ends."""
+        return min(
+            sequence.num_prompt + sequence.request.params.max_tokens, self.config.max_model_len
+        )
+
+    def _is_last(self, sequence: Sequence) -> bool:
+        """Whether the last token allowed is drawn already, known or not."""
+        return sequence.num_tokens >= self._limit(sequence)
+
+    def _finish_reason(self, sequence: Sequence) -> FinishReason:
+        # As in the sampler: stop tokens count once min_tokens came before them. Under a
+        # grammar an earlier one is drawn only where nothing else can follow.
+        params = sequence.request.params
+        if sequence.tokens[-1] in sequence.stop_token_ids and (
+            sequence.num_output > params.min_tokens or params.grammar is not None
+        ):
+            return FinishReason.STOP
+        if len(sequence.tokens) >= self._limit(sequence):
+            return FinishReason.LENGTH
+        return FinishReason.NOT_FINISHED
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Out of the queue that the sequence is in, if any."""
+        if sequence.status is _RUNNING:
+            queue = self.running
+        elif sequence.status is _WAITING:
+            queue = self.waiting
+        else:
+            return
+        index = bisect_left(queue, priority(sequence), key=priority)
+        if index == len(queue) or queue[index] is not sequence:
+            raise IntegrityError(f"{sequence.request_id} is {sequence.status} but not queued")
+        del queue[index]

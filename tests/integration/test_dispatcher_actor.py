@@ -1,0 +1,222 @@
+"""The dispatcher actor on a real Ray, with small stand-ins for instances."""
+
+import asyncio
+import contextlib
+import threading
+import time
+
+import pytest
+
+from cluster import launch, ray_setup
+from cluster.config import ClusterRef
+from cluster.dispatcher.core import DispatcherConfig
+from cluster.dispatcher.load import LoadConfig
+from cluster.dispatcher.messages import ClusterView, Placement, Refusal
+from cluster.reporter import DispatcherReporter
+from instance.load import InstanceInfo, LoadReport, MigrationReport
+from tests.unit.dispatching import ask, info, report, sequence
+
+CLUSTER = ClusterRef(namespace="dispatcher-test")
+
+
+@pytest.fixture(scope="module")
+def ray():
+    folder = ray_setup.short_temp_dir()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_TMPDIR", "PYTHONPATH"):
+            patch.setenv(name, "")
+        ray_setup.prepare_ray("", folder)
+        import ray
+
+        ray.init(
+            address="local",
+            namespace=CLUSTER.namespace,
+            include_dashboard=False,
+            object_store_memory=100_000_000,
+            log_to_driver=False,
+            _temp_dir=folder,
+        )
+        yield ray
+        ray_setup.shut_down_ray(folder)
+
+
+class FakeInstance:
+    """Reports a fixed load through the real reporter and answers migrations at once."""
+
+    def __init__(self, name: str, requests: tuple[str, ...]) -> None:
+        self._info = info(name, incarnation=name + "-1")
+        self._requests = list(requests)
+        self._draining = False
+        self._reporter = DispatcherReporter(CLUSTER)
+        self._reporter(self._info)
+        threading.Thread(target=self._report, daemon=True).start()
+
+    def _report(self) -> None:
+        number = 0
+        while True:
+            number += 1
+            found = tuple(sequence(name, 10) for name in self._requests)
+            self._reporter(
+                report(
+                    self._info.instance_id,
+                    number,
+                    found,
+                    self._info.incarnation,
+                    draining=self._draining,
+                )
+            )
+            time.sleep(0.05)
+
+    def info(self) -> InstanceInfo:
+        return self._info
+
+    def migrate(self, request_id: str, destination: InstanceInfo, reason: str) -> MigrationReport:
+        if request_id == "fragile":
+            raise RuntimeError("the source broke")
+        self._requests.remove(request_id)
+        return MigrationReport(
+            request_id, "1", self._info.instance_id, destination.instance_id, reason, "moved", 3
+        )
+
+    def drain(self, on: bool) -> None:
+        self._draining = on
+
+    def check(self) -> dict[str, int]:
+        if self._info.instance_id == "i0":
+            raise RuntimeError("block 3 is held twice")
+        return {"used_blocks": 0}
+
+    def drains(self) -> bool:
+        return self._draining
+
+
+@pytest.fixture
+def cluster(ray):
+    """A dispatcher as the launcher makes it, and two instances that have joined."""
+    dispatcher = launch.start_dispatcher(
+        DispatcherConfig(load=LoadConfig(report_interval=1.0)), CLUSTER
+    )
+    remote = ray.remote(FakeInstance)
+    instances = {
+        name: remote.options(
+            name=CLUSTER.actor_name(name), max_concurrency=4, num_cpus=0, max_restarts=-1
+        ).remote(name, requests)
+        for name, requests in (("i0", ("steady", "mover", "fragile")), ("i1", ()))
+    }
+    wait_for(lambda: counts(ray, dispatcher) == (2, 3))
+    yield dispatcher, instances
+    for actor in (dispatcher, *instances.values()):
+        ray.kill(actor)
+    with contextlib.suppress(ValueError):
+        while ray.get_actor(CLUSTER.dispatcher):
+            time.sleep(0.05)
+
+
+def status(ray, dispatcher) -> dict:
+    return ray.get(dispatcher.status.remote(), timeout=60)
+
+
+def counts(ray, dispatcher) -> tuple[int, int]:
+    found = status(ray, dispatcher)
+    return len(found["instances"]), len(found["requests"])
+
+
+def wait_for(condition) -> None:
+    """Until true; the test's own timeout is the bound."""
+    while not condition():
+        time.sleep(0.02)
+
+
+def test_a_dispatcher_in_full(ray, cluster) -> None:
+    dispatcher, instances = cluster
+
+    # Placement: answers in the order asked, the same answer for a repeated call.
+    requests = [ask(f"r{n}") for n in range(10)]
+    answers = ray.get(dispatcher.place.remote(requests))
+    assert [answer.request_id for answer in answers] == [r.request_id for r in requests]
+    assert all(isinstance(answer, Placement) for answer in answers)
+    assert {answer.incarnation for answer in answers} == {"i0-1", "i1-1"}
+    assert ray.get(dispatcher.place.remote(requests)) == answers
+    ray.get(dispatcher.finished.remote([(r.request_id, 1) for r in requests]))
+    (late,) = ray.get(dispatcher.place.remote(requests[:1]))
+    assert isinstance(late, Refusal)
+
+    # The long poll answers at once where the version differs, else when it changes.
+    view = ray.get(dispatcher.watch.remote(-1, 60.0))
+    assert isinstance(view, ClusterView)
+    assert {v.info.instance_id for v in view.instances} == {"i0", "i1"}
+    assert ray.get(dispatcher.watch.remote(view.version, 0.05)).version == view.version
+    pending = dispatcher.watch.remote(view.version, 60.0)
+    ray.get(dispatcher.drain.remote("i1"))
+    changed = ray.get(pending)
+    assert changed.version > view.version
+    assert {v.state for v in changed.instances} == {"ready", "draining"}
+    wait_for(lambda: ray.get(instances["i1"].drains.remote()))
+    ray.get(dispatcher.resume.remote("i1"))
+    wait_for(lambda: not ray.get(instances["i1"].drains.remote()))
+    wait_for(
+        lambda: {entry["state"] for entry in status(ray, dispatcher)["instances"]} == {"ready"}
+    )
+    with pytest.raises(ValueError, match="there is no instance 'i9'"):
+        ray.get(dispatcher.drain.remote("i9"))
+
+    assert ray.get(dispatcher.check.remote())["instances"] == [
+        {"instance_id": "i0", "error": "block 3 is held twice"},
+        {"instance_id": "i1", "used_blocks": 0},
+    ]
+
+    # Migration on demand.
+    moved = ray.get(dispatcher.migrate.remote("mover"))
+    assert (moved.outcome, moved.source, moved.destination) == ("moved", "i0", "i1")
+    failed = ray.get(dispatcher.migrate.remote("fragile", "i1"))
+    assert failed.outcome == "error: the source broke"
+    for request_id, destination, code in (
+        ("nobody", None, "unknown_request"),
+        ("steady", "i9", "unknown_instance"),
+        ("steady", "i0", "conflict"),
+    ):
+        with pytest.raises(Exception, match=r".") as caught:
+            ray.get(dispatcher.migrate.remote(request_id, destination))
+        assert caught.value.cause.code == code
+    found = status(ray, dispatcher)
+    assert [m["outcome"] for m in found["migrations"]] == ["error: the source broke", "moved"]
+    assert found["counters"]["migrations_started"] == {"admin": 2}
+
+
+def test_a_killed_dispatcher_restarts_and_rebuilds_from_reports(ray, cluster) -> None:
+    dispatcher, _ = cluster
+    before = status(ray, dispatcher)
+    ray.kill(dispatcher, no_restart=False)
+
+    def rebuilt() -> bool:
+        try:
+            started = status(ray, dispatcher)["started"] > before["started"]
+            return started and counts(ray, dispatcher) == (2, 3)
+        except ray.exceptions.RayActorError:
+            return False
+
+    wait_for(rebuilt)
+    after = status(ray, dispatcher)
+    assert after["version"] > before["version"]
+    assert {entry["instance_id"] for entry in after["instances"]} == {"i0", "i1"}
+    (answer,) = ray.get(dispatcher.place.remote([ask("after")]))
+    assert isinstance(answer, Placement)
+    again = ray.get_actor(CLUSTER.dispatcher, namespace=CLUSTER.namespace)
+    assert ray.get(again.migrate.remote("mover", "i1")).outcome == "moved"
+
+
+async def test_the_dispatcher_can_be_awaited(ray, cluster) -> None:
+    dispatcher, _ = cluster
+    answers = await asyncio.gather(*(dispatcher.place.remote([ask(f"c{n}")]) for n in range(20)))
+    chosen = [answer.instance_id for (answer,) in answers]
+    assert len(chosen) == 20
+    assert set(chosen) == {"i0", "i1"}
+
+
+def test_a_reporter_never_blocks_and_the_latest_report_wins(ray) -> None:
+    reporter = DispatcherReporter(ClusterRef("drover-nobody", CLUSTER.namespace))
+    reporter(info("i2"))
+    for number in range(1000):
+        reporter(report("i2", number))
+    assert isinstance(reporter._report, LoadReport)
+    assert reporter._report.number == 999

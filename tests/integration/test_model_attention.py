@@ -1,0 +1,206 @@
+"""The CPU attention alone, against a dense reference, in a pool full of NaN."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from instance.executor import StepBatch
+from instance.kv.copier import TensorKvPool
+from instance.model import attention_cpu
+from instance.model.attention_cpu import CpuAttention
+from instance.model.context import AttentionOptions
+from instance.request import Request, Row, SamplingParams, Sequence, StepPlan
+
+LAYERS, SIZE, KV_HEADS, HEADS, DIM = 2, 4, 2, 6, 8
+
+
+class Paged:
+    """Sequences with known K and V, stored by steps through the attention under test."""
+
+    def __init__(self, num_blocks: int = 400, seed: int = 0) -> None:
+        shape = (num_blocks, LAYERS, 2, SIZE, KV_HEADS, DIM)
+        self.kv = torch.full(shape, torch.nan, dtype=torch.float64)
+        self.attention = CpuAttention(self.kv)
+        self.pool = TensorKvPool(self.kv, self.attention.written)
+        self.random = torch.Generator().manual_seed(seed)
+        self.free = torch.randperm(num_blocks - 1, generator=self.random).add(1).tolist()
+        self.known: dict[Sequence, Tensor] = {}
+
+    def sequence(self, length: int) -> Sequence:
+        """A sequence of known K and V, [layers, 2, length, heads, dim]; nothing is stored."""
+        sequence = Sequence.start(Request("r", tuple(range(length)), SamplingParams()))
+        self.known[sequence] = self.normal(LAYERS, 2, length, KV_HEADS, DIM)
+        sequence.block_table = [self.free.pop() for _ in range(-(-length // SIZE))]
+        return sequence
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.random, dtype=torch.float64)
+
+    def step(self, rows: list[Row], options: AttentionOptions) -> list[list[Tensor]]:
+        """Run a step through all layers; per layer and row the output and the reference."""
+        self.attention.prepare(StepBatch.build(StepPlan(0, rows), SIZE))
+        worst = []
+        for layer in range(LAYERS):
+            query = self.normal(1, HEADS, sum(row.length for row in rows), DIM)
+            parts = [
+                self.known[row.sequence][layer, :, row.start : row.start + row.length]
+                for row in rows
+            ]
+            key, value = torch.cat(parts, dim=1).transpose(1, 2)[:, None]
+            found = self.attention.attend(layer, query, key, value, options)[0]
+            first = 0
+            for row in rows:
+                end = row.start + row.length
+                expected = dense(
+                    query[0, :, first : first + row.length],
+                    self.known[row.sequence][layer, :, :end],
+                    row.start,
+                    options,
+                )
+                worst.append([found[first : first + row.length], expected])
+                first += row.length
+        return worst
+
+    def check(self, rows: list[Row], options: AttentionOptions) -> None:
+        for found, expected in self.step(rows, options):
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def dense(query: Tensor, kv: Tensor, start: int, options: AttentionOptions) -> Tensor:
+    """[T, heads, dim] of queries [heads, T, dim] from position ``start`` on, term by term."""
+    key, value = (one.repeat_interleave(HEADS // KV_HEADS, dim=1).transpose(0, 1) for one in kv)
+    scores = query @ key.transpose(1, 2) * options.scaling
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    at, keys = torch.arange(start, start + query.shape[1])[:, None], torch.arange(key.shape[1])
+    visible = keys <= at
+    if options.sliding_window is not None:
+        visible &= keys > at - options.sliding_window
+    weights = torch.exp(scores) * visible
+    total = weights.sum(-1, keepdim=True)
+    if options.sinks is not None:
+        total = total + torch.exp(options.sinks)[:, None, None]
+    return (weights / total @ value).transpose(0, 1)
+
+
+def row(sequence: Sequence, start: int, count: int) -> Row:
+    return Row(sequence, start, count, True)
+
+
+PLAIN = AttentionOptions(scaling=1 / math.sqrt(DIM))
+SINKS = torch.linspace(-1, 2, HEADS, dtype=torch.float64)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.integers(1, 120), min_size=1, max_size=8),
+    st.sampled_from([None, 1, 3, 8, 30, 500]),
+    st.sampled_from([None, 1.5]),
+    st.booleans(),
+    st.data(),
+)
+def test_against_dense(
+    lengths: list[int], window: int | None, softcap: float | None, sinks: bool, data: st.DataObject
+) -> None:
+    """Random chunks of random sequences ride together, in any order, to their ends."""
+    options = AttentionOptions(0.4, window, softcap, SINKS if sinks else None)
+    paged = Paged()
+    done = {paged.sequence(length): 0 for length in lengths}
+    while left := [s for s in done if done[s] < len(s.tokens)]:
+        rows = []
+        for sequence in left:
+            rest = len(sequence.tokens) - done[sequence]
+            # Near the end one by one, so that there are decodes as well.
+            count = 1 if rest <= 3 else data.draw(st.integers(max(1, rest // 3), rest - 2))
+            rows.append(row(sequence, done[sequence], count))
+            done[sequence] += count
+        paged.check(rows, options)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_many_rows_of_very_different_lengths(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than one bucket, by length and by size; the rows keep their order outside."""
+    monkeypatch.setattr(attention_cpu, "BUCKET_BYTES", 1 << 16)
+    paged = Paged(num_blocks=600)
+    lengths = (3, 300, 40, 500, 41, 7, 290, 150, 1, 148, 147)
+    sequences = [paged.sequence(length) for length in lengths]
+    options = PLAIN._replace(sliding_window=window)
+    first = [row(s, 0, len(s.tokens) - 1) for s in sequences if len(s.tokens) > 1]
+    paged.check(first, options)
+    paged.check([row(s, len(s.tokens) - 1, 1) for s in sequences], options)
+
+
+def test_reads_a_different_window_per_layer_in_one_step() -> None:
+    paged = Paged()
+    sequence, other = paged.sequence(40), paged.sequence(9)
+    paged.check([row(sequence, 0, 39), row(other, 0, 8)], PLAIN)
+    for options in (PLAIN, PLAIN._replace(sliding_window=5), PLAIN):
+        paged.check([row(sequence, 39, 1), row(other, 8, 1)], options)
+
+
+def test_tails_written_from_outside_do_not_leak() -> None:
+    """A receiver may get a block whose tail was never written."""
+    paged = Paged()
+    # Near enough in length to be gathered at one width.
+    long, short = paged.sequence(22), paged.sequence(11)
+    paged.check([row(long, 0, 20), row(short, 0, 9)], PLAIN)
+    paged.check([row(long, 20, 1), row(short, 9, 1)], PLAIN)
+    last = short.block_table[2]
+    spoiled = paged.kv[last].clone()
+    spoiled[:, :, 2:] = torch.nan
+    paged.pool.write(last, 0, spoiled.numpy().tobytes())
+    paged.check([row(long, 21, 1), row(short, 10, 1)], PLAIN)
+
+
+def test_a_row_of_nan_does_not_leak_into_the_next_owner_of_its_blocks() -> None:
+    """KV that a step itself wrote, of a sequence that went wrong."""
+    paged = Paged()
+    broken = paged.sequence(12)
+    paged.known[broken][:] = torch.nan
+    paged.step([row(broken, 0, 11)], PLAIN)
+    paged.step([row(broken, 11, 1)], PLAIN)
+    long, short = paged.sequence(22), paged.sequence(11)
+    short.block_table = broken.block_table
+    paged.check([row(long, 0, 20), row(short, 0, 8)], PLAIN)
+    paged.check([row(long, 20, 1), row(short, 8, 1)], PLAIN)
+
+
+def test_workspace_is_reused() -> None:
+    """Steps of a size seen before allocate no gather buffers."""
+    paged = Paged()
+    sequences = [paged.sequence(50), paged.sequence(44)]
+    paged.check([row(s, 0, 40) for s in sequences], PLAIN)
+    paged.check([row(s, 40, 1) for s in sequences], PLAIN)
+    before = paged.attention._workspace.data_ptr()
+    paged.check([row(s, 41, 1) for s in sequences], PLAIN)
+    paged.check([row(s, 42, 2) for s in sequences], PLAIN)
+    assert paged.attention._workspace.data_ptr() == before
+
+
+def test_bfloat16() -> None:
+    """Half precision, capped and not, stays near the exact result."""
+    kv = torch.full((40, 1, 2, SIZE, KV_HEADS, DIM), torch.nan, dtype=torch.bfloat16)
+    attention = CpuAttention(kv)
+    random = torch.Generator().manual_seed(0)
+    sequence = Sequence.start(Request("r", tuple(range(30)), SamplingParams()))
+    sequence.block_table = list(range(8, 0, -1))
+    plan = StepPlan(0, [Row(sequence, 0, 30, True)])
+    for softcap in (None, 2.0):
+        options = PLAIN._replace(softcap=softcap)
+        query = torch.randn(1, HEADS, 30, DIM, generator=random).bfloat16()
+        key, value = torch.randn(2, 1, KV_HEADS, 30, DIM, generator=random).bfloat16()
+        attention.prepare(StepBatch.build(plan, SIZE))
+        found = attention.attend(0, query, key, value, options)[0]
+        assert found.dtype == torch.bfloat16
+        both = torch.stack([key[0], value[0]]).transpose(1, 2).double()
+        expected = dense(query[0].double(), both, 0, options)
+        assert np.abs((found.double() - expected).numpy()).max() < 0.05
