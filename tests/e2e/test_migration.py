@@ -74,13 +74,14 @@ def test_a_moved_stream_has_the_same_text(cluster: Cluster) -> None:
         options("top k", temperature=1.2, top_k_=None, seed=11, extra_body={"top_k": 20}),
     ):
         request.pop("top_k_", None)
-        _, unmoved, _ = stream_text(cluster.client(), **request)
+        # Moved first: once a prefix cache has the text, a move may find nothing left to copy.
         text, reports = moved_stream(cluster, 3, **request)
+        _, unmoved, _ = stream_text(cluster.client(), **request)
         assert [report["outcome"] for report in reports] == ["moved"] * 3
         assert [report["source"] for report in reports] != [
             report["destination"] for report in reports
         ]
-        assert all(report["bytes_copied"] > 0 for report in reports[:2])
+        assert reports[0]["bytes_copied"] > 0
         assert text == unmoved
     cluster.wait_idle()
 
