@@ -202,13 +202,16 @@ class Engine:
                 self._running = plan
                 self._released_since_launch = False
                 self._launched_at = self._clock.now()
-                batch = StepBatch.build(plan, self.pool.block_size)
-                self.executor.launch(batch, self._step_ended)
+                self._launch(plan)
         finally:
             self._advancing = False
         self._tell_emissions()
         if self._running is not None:
             self._planned = self._plan()
+
+    def _launch(self, plan: StepPlan) -> None:
+        """Start a plan whose tokens are all known; the simulator's engine has no batch."""
+        self.executor.launch(StepBatch.build(plan, self.pool.block_size), self._step_ended)
 
     def _tell_emissions(self) -> None:
         emissions, self._emissions = self._emissions, []

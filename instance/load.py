@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from instance.executor import ModelDescription
-from instance.request import RequestClass
+from instance.request import RequestClass, Sequence, SequenceStatus
+from instance.scheduler import Scheduler
+
+
+class Figure(NamedTuple):
+    """A value of a declared series of ``/metrics``.
+
+    Attributes:
+        value: Of a counter, the count since the start; of a histogram, the observations' sum.
+        labels: Values of the series' own labels, in the order of their declaration.
+        buckets: Of a histogram, observations by bucket, those above the last bound included.
+    """
+
+    name: str
+    value: float
+    labels: tuple[str, ...] = ()
+    buckets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +60,7 @@ class LoadReport:
         reserved_blocks: Blocks reserved for incoming migrations.
         step_seconds: Median duration of recent steps; 0 before the first.
         sequences: Running first, then waiting in queue order.
+        figures: For ``/metrics``.
     """
 
     instance_id: str
@@ -55,6 +74,7 @@ class LoadReport:
     migrations_out: int = 0
     migrations_in: int = 0
     draining: bool = False
+    figures: tuple[Figure, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,3 +123,72 @@ class MigrationReport:
     copies: int = 0
     duration: float = 0.0
     detached: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationFigures:
+    """What the migrations of an instance add to its report.
+
+    Attributes:
+        involves: Whether a request takes part in an attempt here.
+        reserved_blocks: Blocks reserved for incoming attempts.
+        num_out: Attempts as source.
+        num_in: Attempts as destination.
+    """
+
+    involves: Callable[[str], bool]
+    reserved_blocks: int
+    num_out: int
+    num_in: int
+
+
+def build_report(
+    scheduler: Scheduler,
+    migrations: MigrationFigures,
+    *,
+    instance_id: str,
+    incarnation: str,
+    number: int,
+    step_seconds: float,
+    draining: bool,
+    figures: tuple[Figure, ...] = (),
+) -> LoadReport:
+    """The state of an instance now; the server and the simulator report with it."""
+    block_size = scheduler.pool.block_size
+
+    def view(sequence: Sequence, running: bool) -> SequenceLoad:
+        request = sequence.request
+        return SequenceLoad(
+            request_id=request.request_id,
+            epoch=sequence.epoch,
+            tenant=request.tenant,
+            request_class=request.request_class,
+            home=request.home,
+            running=running,
+            blocks=(
+                len(sequence.block_table) if running else -(-len(sequence.tokens) // block_size)
+            ),
+            num_tokens=len(sequence.tokens),
+            migrating=migrations.involves(request.request_id),
+        )
+
+    waiting = [view(sequence, False) for sequence in scheduler.waiting]
+    held = [
+        view(sequence, True)
+        for sequence in scheduler.sequences.values()
+        if sequence.status is not SequenceStatus.WAITING
+    ]
+    return LoadReport(
+        instance_id=instance_id,
+        incarnation=incarnation,
+        number=number,
+        total_blocks=scheduler.pool.num_usable,
+        free_blocks=scheduler.pool.num_free,
+        reserved_blocks=migrations.reserved_blocks,
+        step_seconds=step_seconds,
+        sequences=(*held, *waiting),
+        migrations_out=migrations.num_out,
+        migrations_in=migrations.num_in,
+        draining=draining,
+        figures=figures,
+    )

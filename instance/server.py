@@ -17,8 +17,15 @@ from instance.clock import RealClock
 from instance.config import EngineConfig
 from instance.engine import Engine
 from instance.executor import Executor
+from instance.figures import figures
 from instance.homes import HomeLink, tokens_message
-from instance.load import InstanceInfo, LoadReport, MigrationReport, SequenceLoad
+from instance.load import (
+    InstanceInfo,
+    LoadReport,
+    MigrationFigures,
+    MigrationReport,
+    build_report,
+)
 from instance.migration.coordinator import MigrationCoordinator
 from instance.migration.epochs import EpochRegistry, SubmitDecision
 from instance.request import FinishReason, Sequence, SequenceStatus
@@ -404,43 +411,21 @@ class InstanceServer(generate_pb2_grpc.GenerateServicer):
     def load(self) -> LoadReport:
         """The state of this instance now."""
         self._report_number += 1
-        scheduler, pool = self.engine.scheduler, self.engine.pool
-        block_size = self.engine.model.block_size
-
-        def view(sequence: Sequence, running: bool) -> SequenceLoad:
-            request = sequence.request
-            return SequenceLoad(
-                request_id=request.request_id,
-                epoch=sequence.epoch,
-                tenant=request.tenant,
-                request_class=request.request_class,
-                home=request.home,
-                running=running,
-                blocks=(
-                    len(sequence.block_table) if running else -(-len(sequence.tokens) // block_size)
-                ),
-                num_tokens=len(sequence.tokens),
-                migrating=self.migrations.involves(request.request_id),
-            )
-
-        waiting = [view(sequence, False) for sequence in scheduler.waiting]
-        held = [
-            view(sequence, True)
-            for sequence in scheduler.sequences.values()
-            if sequence.status is not SequenceStatus.WAITING
-        ]
-        return LoadReport(
+        migrations = self.migrations
+        return build_report(
+            self.engine.scheduler,
+            MigrationFigures(
+                involves=migrations.involves,
+                reserved_blocks=migrations.reserved_blocks,
+                num_out=migrations.num_out,
+                num_in=migrations.num_in,
+            ),
             instance_id=self.instance_id,
             incarnation=self.incarnation,
             number=self._report_number,
-            total_blocks=pool.num_usable,
-            free_blocks=pool.num_free,
-            reserved_blocks=self.migrations.reserved_blocks,
             step_seconds=self.engine.step_seconds,
-            sequences=(*held, *waiting),
-            migrations_out=self.migrations.num_out,
-            migrations_in=self.migrations.num_in,
             draining=self.draining,
+            figures=figures(self.engine),
         )
 
     async def migrate(
