@@ -23,11 +23,9 @@ from cluster.dispatcher.events import (
     Place,
     PlaceRequested,
     Refuse,
-    RejectMigration,
     Reported,
     ResumeRequested,
     SetDraining,
-    StartMigration,
     Tick,
 )
 from cluster.dispatcher.load import (
@@ -35,23 +33,14 @@ from cluster.dispatcher.load import (
     InstanceState,
     LoadConfig,
     LoadView,
-    Transfer,
     blocks_for,
 )
 from cluster.dispatcher.members import Members
 from cluster.dispatcher.messages import ClusterView, Placement, PlaceRequest, Refusal
+from cluster.dispatcher.migrations import Migrations
 from cluster.dispatcher.placement import POLICIES, Uniform
-from cluster.dispatcher.rebalance import (
-    Cooldowns,
-    Move,
-    RebalanceConfig,
-    best_destination,
-    plan_balance,
-    plan_drain,
-)
-from instance.load import InstanceInfo, MigrationReport, SequenceLoad
-
-MOVED = "moved"
+from cluster.dispatcher.rebalance import RebalanceConfig
+from instance.load import InstanceInfo, SequenceLoad
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +91,7 @@ class Dispatcher:
 
     Attributes:
         members: Instances, loads and migrations under way.
+        migrations: Which requests move.
         counters: Events by kind and reason, for metrics.
 
     Raises:
@@ -120,9 +110,10 @@ class Dispatcher:
         self._policy = POLICIES[config.placement]
         self._held: dict[str, _Held] = {}
         self._known: OrderedDict[str, _Known] = OrderedDict()
-        self._cooldowns = Cooldowns()
         self._turn = 0
-        self._balanced = float("-inf")
+        self.migrations = Migrations(
+            self.members, config.rebalance, config.migration_timeout, self._count, self._is_over
+        )
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Take one event; returns what is to be done, in order.
@@ -137,9 +128,9 @@ class Dispatcher:
             case Finished(request_id, epoch):
                 return self._finished(request_id, epoch)
             case MigrationRequested(request_id, destination):
-                return self._migration_requested(request_id, destination, now)
+                return self.migrations.requested(request_id, destination, now)
             case MigrationEnded(ended):
-                self._migration_ended(ended, now)
+                self.migrations.ended(ended, now)
                 return []
             case Reported(report):
                 self._count("reports", self.members.report(report, now))
@@ -294,62 +285,7 @@ class Dispatcher:
             del self._held[request.request_id]
         return actions
 
-    # ---- migration
-
-    def _migration_requested(
-        self, request_id: str, destination: str | None, now: float
-    ) -> list[Action]:
-        def reject(code: str, message: str) -> list[Action]:
-            return [RejectMigration(request_id, code, message)]
-
-        found = self.locate(request_id, now)
-        if found is None:
-            return reject("unknown_request", "no instance holds this request")
-        source, sequence = found
-        if request_id in self.members.transfers or sequence.migrating:
-            return reject("conflict", "the request is migrating already")
-        if destination is None:
-            view = self.members.view(source, now)
-            target = best_destination(view, self.members.views(now), sequence)
-            if target is None:
-                return reject("conflict", "no other instance has room for the request")
-            destination = target.instance_id
-        state = self.members.state(destination, now)
-        if state is InstanceState.GONE:
-            return reject("unknown_instance", f"there is no instance {destination!r}")
-        if destination == source.info.instance_id:
-            return reject("conflict", f"the request is on {destination!r} already")
-        if state is InstanceState.DRAINING:
-            return reject("conflict", f"{destination!r} is draining")
-        return [self._start(Move(sequence, source.info.instance_id, destination, "admin"), now)]
-
-    def _start(self, move: Move, now: float) -> StartMigration:
-        request_id = move.sequence.request_id
-        self.members.transfers[request_id] = Transfer(
-            move.sequence, move.source, move.destination, move.reason, now
-        )
-        self._cooldowns.note(move, now)
-        self._count("migrations_started", move.reason)
-        destination = self.members.loads[move.destination].info
-        return StartMigration(request_id, move.source, destination, move.reason)
-
-    def _migration_ended(self, report: MigrationReport, now: float) -> None:
-        # The part before a colon is the named reason; what follows is for people.
-        self._count("migrations_ended", report.outcome.partition(":")[0])
-        transfer = self.members.transfers.pop(report.request_id, None)
-        if transfer is None:
-            return
-        for instance_id in (transfer.source, transfer.destination):
-            if instance_id in self.members.loads:
-                self.members.loads[instance_id].settled = now
-        if report.outcome != MOVED:
-            return
-        # The home advances the epoch by one when it grants the destination's claim.
-        moved = dataclasses.replace(transfer.sequence, epoch=transfer.sequence.epoch + 1)
-        self.members.release(moved.request_id, moved.epoch)
-        destination = self.members.loads.get(transfer.destination)
-        if destination is not None and not self._is_over(moved):
-            destination.charge(moved, now)
+    # ---- operators and time
 
     def _set_draining(self, instance_id: str, on: bool) -> list[Action]:
         load = self.members.loads.get(instance_id)
@@ -361,32 +297,11 @@ class Dispatcher:
             load.report = dataclasses.replace(load.report, draining=False)
         return [SetDraining(instance_id, on)]
 
-    # ---- time
-
     def _tick(self, now: float) -> list[Action]:
-        members, config = self.members, self.config.rebalance
-        expired = members.expire(now)
+        expired = self.members.expire(now)
         if expired:
             self._count("charges", "expired", expired)
-        for request_id, transfer in list(members.transfers.items()):
-            if now - transfer.since > self.config.migration_timeout:
-                del members.transfers[request_id]
-                self._count("migrations_ended", "forgotten")
-        self._cooldowns.prune(now, config)
-        budget = config.max_in_flight - len(members.transfers)
-        due = config.enabled and now - self._balanced >= config.interval
-        views = members.views(now)
-        draining = any(view.state is InstanceState.DRAINING for view in views)
-        if budget <= 0 or not (due or draining):
-            return []
-        sequences = {view.instance_id: members.staying(view.instance_id) for view in views}
-        barred = {s.request_id for found in sequences.values() for s in found if self._is_over(s)}
-        moves = plan_drain(views, sequences, barred, self._cooldowns, now, budget, config)
-        if due and not moves:
-            self._balanced = now
-            settled = [view for view in views if members.settled(view.instance_id)]
-            moves = plan_balance(settled, sequences, barred, self._cooldowns, now, budget, config)
-        return [self._start(move, now) for move in moves]
+        return self.migrations.tick(now)
 
     # ---- what is known
 
@@ -399,12 +314,11 @@ class Dispatcher:
 
         A request that was placed and not yet reported is found where it was placed.
         """
-        found = (item for item in self.requests(now) if item[1].request_id == request_id)
-        return max(found, key=lambda item: item[1].epoch, default=None)
+        return self.migrations.locate(request_id, now)
 
     def requests(self, now: float) -> Iterator[tuple[InstanceLoad, SequenceLoad]]:
         """Every request and where it is: reported ones, then those charged only."""
-        return (item for item in self.members.requests(now) if not self._is_over(item[1]))
+        return self.migrations.requests(now)
 
     @property
     def num_held(self) -> int:

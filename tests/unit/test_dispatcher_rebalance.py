@@ -309,7 +309,7 @@ def test_load_follows_a_migration_before_the_next_reports(outcome, at) -> None:
     found = core.locate("a0", 1.1)
     assert found is not None
     assert found[0].info.instance_id == at
-    assert core.counters["migrations_ended"] == {outcome.partition(":")[0]: 1}
+    assert core.counters["migrations_ended"] == {f"admin/{outcome.partition(':')[0]}": 1}
 
 
 def test_a_restarted_instance_ends_its_migrations() -> None:
