@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -175,6 +175,50 @@ class KvPool(Protocol):
         into the blocks that follow."""
 
 
+@dataclass(frozen=True, slots=True)
+class CopyRun:
+    """Blocks [device, device + count) and their copies [host, host + count)."""
+
+    device: int
+    host: int
+    count: int
+
+
+CopyDone = Callable[[float | BaseException], None]
+
+
+class Copier(Protocol):
+    """Moves runs of KV blocks between the pool and a host pool, beside the steps.
+
+    A job is issued while no step is launched. Jobs of one direction end in the order of
+    their issue; out and in do not wait for each other. ``done`` is called once per job, from
+    any thread, with the seconds that the copies took (without the wait for other jobs), or
+    with what went wrong. From the issue to that call the source may not change and the
+    destination may not be used.
+    """
+
+    @property
+    def num_host_blocks(self) -> int:
+        """Blocks of the host pool, a null block 0 included."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block, on either side."""
+
+    @property
+    def host(self) -> KvPool | None:
+        """The host pool's bytes; None where KV has none (a modelled executor)."""
+
+    def copy_out(self, runs: Sequence[CopyRun], done: CopyDone) -> None:
+        """Copy blocks to the host pool and return at once."""
+
+    def copy_in(self, runs: Sequence[CopyRun], done: CopyDone) -> None:
+        """Copy blocks back from the host pool and return at once."""
+
+    def close(self) -> None:
+        """Release threads and memory; jobs that have not begun are abandoned."""
+
+
 class Executor(Protocol):
     """Runs steps in the order in which they are launched."""
 
@@ -190,6 +234,10 @@ class Executor(Protocol):
     def kv(self) -> KvPool | None:
         """The pool's bytes; None where KV has none (a modelled executor)."""
 
+    @property
+    def copier(self) -> Copier | None:
+        """Copies KV to host memory and back; None where there is no host pool."""
+
     def launch(self, batch: StepBatch, done: Callable[[StepResult | BaseException], None]) -> None:
         """Start a step and return at once; ``done`` is called once, from any thread."""
 
@@ -201,4 +249,4 @@ class Executor(Protocol):
         """
 
     def close(self) -> None:
-        """Release threads and memory; launched steps may be abandoned."""
+        """Release threads and memory, the copier's too; launched steps may be abandoned."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from instance.clock import Clock, TimerHandle
-from instance.executor import Ints, ModelDescription, StepBatch, StepResult
+from instance.executor import Copier, Ints, ModelDescription, StepBatch, StepResult
 from instance.model.noise import position_key
 from instance.request import Grammar
 
@@ -61,6 +61,7 @@ class ModelledExecutor:
     """
 
     kv: None = None
+    copier: Copier | None = None
 
     def __init__(
         self, description: ModelDescription, num_blocks: int, clock: Clock, cost: StepCost

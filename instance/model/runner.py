@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from instance.config import EngineConfig
-from instance.executor import ModelDescription, StepBatch, StepResult
+from instance.executor import Copier, ModelDescription, StepBatch, StepResult
 from instance.kv.copier import TensorKvPool
 from instance.model.attention_cpu import CpuAttention
 from instance.model.context import forward_context
@@ -81,6 +81,7 @@ class TorchExecutor:
         )
         self._attention = CpuAttention(self._kv)
         self.kv: TensorKvPool | None = TensorKvPool(self._kv, self._attention.written)
+        self.copier: Copier | None = None
         self._steps: queue.SimpleQueue[tuple[StepBatch, Done] | None] = queue.SimpleQueue()
         self._closed = False
         self._thread = threading.Thread(
