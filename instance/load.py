@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NamedTuple
 
 from instance.executor import ModelDescription
 from instance.request import RequestClass, Sequence, SequenceStatus
 from instance.scheduler import Scheduler
+
+
+class Role(StrEnum):
+    """What an instance is for: everything, prompts only, or what comes after the prompt."""
+
+    MIXED = "mixed"
+    PREFILL = "prefill"
+    DECODE = "decode"
 
 
 class Figure(NamedTuple):
@@ -34,6 +43,7 @@ class SequenceLoad:
         blocks: KV blocks held (running) or wanted for the prompt (waiting).
         num_tokens: Tokens known.
         migrating: Takes part in a migration already.
+        uncomputed: Known tokens whose KV is not there yet; 1 for one that decodes.
     """
 
     request_id: str
@@ -45,6 +55,7 @@ class SequenceLoad:
     blocks: int
     num_tokens: int
     migrating: bool = False
+    uncomputed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +72,9 @@ class LoadReport:
         step_seconds: Median duration of recent steps; 0 before the first.
         sequences: Running first, then waiting in queue order.
         figures: For ``/metrics``.
+        prefill_seconds: Measured seconds that a prompt token adds to a step; 0 if unknown.
+        preempted: Waiting sequences that were in the batch before.
+        role: What the instance is for at present.
     """
 
     instance_id: str
@@ -75,6 +89,9 @@ class LoadReport:
     migrations_in: int = 0
     draining: bool = False
     figures: tuple[Figure, ...] = ()
+    prefill_seconds: float = 0.0
+    preempted: int = 0
+    role: Role = Role.MIXED
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +169,8 @@ def build_report(
     step_seconds: float,
     draining: bool,
     figures: tuple[Figure, ...] = (),
+    prefill_seconds: float = 0.0,
+    role: Role = Role.MIXED,
 ) -> LoadReport:
     """The state of an instance now; the server and the simulator report with it."""
     block_size = scheduler.pool.block_size
@@ -170,6 +189,7 @@ def build_report(
             ),
             num_tokens=len(sequence.tokens),
             migrating=migrations.involves(request.request_id),
+            uncomputed=len(sequence.tokens) - min(sequence.num_written, len(sequence.tokens)),
         )
 
     waiting = [view(sequence, False) for sequence in scheduler.waiting]
@@ -191,4 +211,7 @@ def build_report(
         migrations_in=migrations.num_in,
         draining=draining,
         figures=figures,
+        prefill_seconds=prefill_seconds,
+        preempted=sum(1 for sequence in scheduler.waiting if sequence.num_preemptions),
+        role=role,
     )
