@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from instance.token_counts import TokenCounts
 
@@ -15,6 +15,10 @@ class RequestClass(enum.IntEnum):
     INTERACTIVE = 0
     STANDARD = 1
     BATCH = 2
+
+
+Account: TypeAlias = tuple[str, RequestClass]
+"""Whose service is counted: a tenant within a priority class."""
 
 
 class FinishReason(enum.IntEnum):
@@ -181,6 +185,12 @@ class Sequence:
         acked: Output tokens that the home has acknowledged.
         sealed: Leading blocks registered in the prefix cache by this sequence.
         block_hashes: Chained prefix hashes of the leading full blocks, as far as computed.
+        charged_prompt: Prompt tokens for which the tenant was charged, or which were cached at
+            first admission; the right to charge the rest moves with the request.
+        charged_output: Output tokens for which the tenant was charged.
+        silent: Its home has not granted it yet: it is computed, but nothing is charged.
+        account: Who is charged, and the class whose counters count.
+        rank: Place in the scheduler's queues; the smaller is served first.
         num_preemptions: Times the sequence lost its KV.
         held: No step computes it yet: its grammar is still being compiled.
         error: Why it ended, where that was an error.
@@ -199,6 +209,11 @@ class Sequence:
     num_computed: int = 0
     num_written: int = 0
     num_cached: int = -1
+    charged_prompt: int = 0
+    charged_output: int = 0
+    silent: bool = False
+    account: Account = field(init=False)
+    rank: tuple[int, float, float, bool, str] = field(init=False)
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     sealed: int = 0
@@ -210,6 +225,11 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     logprobs_from: int = 0
 
+    def __post_init__(self) -> None:
+        request = self.request
+        self.account = request.tenant, request.request_class
+        self.rank = request.request_class, 0.0, request.arrival, False, request.request_id
+
     @classmethod
     def start(
         cls,
@@ -219,7 +239,10 @@ class Sequence:
         emitted: tuple[int, ...] = (),
         eos_token_ids: tuple[int, ...] = (),
     ) -> Sequence:
-        """Make a waiting sequence; ``emitted`` are output tokens the home already has."""
+        """Make a waiting sequence; ``emitted`` are output tokens the home already has.
+
+        They were charged when they were drawn, and the prompt before them.
+        """
         params = request.params
         eos = () if params.ignore_eos and params.grammar is None else eos_token_ids
         return cls(
@@ -228,6 +251,8 @@ class Sequence:
             tokens=[*request.prompt, *emitted],
             stop_token_ids=frozenset(params.stop_token_ids).union(eos),
             acked=len(emitted),
+            charged_prompt=len(request.prompt) if emitted else 0,
+            charged_output=len(emitted),
             logprobs_from=len(emitted),
         )
 

@@ -25,6 +25,7 @@ INSTANCE_CORES = (
     "instance/config.py",
     "instance/executor.py",
     "instance/load.py",
+    "instance/fairness.py",
     "instance/scheduler.py",
     "instance/migration/messages.py",
     "instance/migration/epochs.py",
