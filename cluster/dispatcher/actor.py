@@ -40,6 +40,7 @@ from cluster.dispatcher.events import (
     StartMigration,
     Tick,
 )
+from cluster.dispatcher.figures import figures, instance_figures
 from cluster.dispatcher.messages import (
     ClusterView,
     InstanceView,
@@ -47,7 +48,7 @@ from cluster.dispatcher.messages import (
     PlaceRequest,
     Refusal,
 )
-from instance.load import InstanceInfo, LoadReport, MigrationReport
+from instance.load import Figure, InstanceInfo, LoadReport, MigrationReport
 
 logger = logging.getLogger(__name__)
 
@@ -225,6 +226,14 @@ class DispatcherActor:
     def _require(self, instance_id: str) -> None:
         if instance_id not in self._core.members.loads:
             raise ValueError(f"there is no instance {instance_id!r}")
+
+    async def figures(self) -> dict[str, Any]:
+        """For ``/metrics``: "dispatcher", its own, and "instances", theirs by instance id."""
+        own = [
+            Figure("drover_dispatcher_start_time_seconds", self._started),
+            *figures(self._core),
+        ]
+        return {"dispatcher": own, "instances": instance_figures(self._core)}
 
     async def status(self, limit: int = 256) -> dict[str, Any]:
         """Everything an operator may want to see, ready for JSON.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -20,7 +21,11 @@ from cluster.gateway.errors import ApiError, from_failure
 from cluster.gateway.metrics import GatewayMetrics
 from cluster.gateway.router import RequestFailed, Router
 
+logger = logging.getLogger(__name__)
+
 _MAX_BODY = 64 * 1024
+_FIGURES_TIMEOUT = 2.0
+"""Seconds that a scrape waits for the dispatcher; scrapers wait ten by default."""
 # What the dispatcher says of an order that it cannot follow.
 _STATUSES = {"unknown_request": 404, "unknown_instance": 404, "conflict": 409}
 
@@ -107,6 +112,15 @@ class OperatorApi:
         return json_response({"status": "ok"})
 
     async def show_metrics(self, http: HttpRequest) -> Response:
+        """The exposition; with the dispatcher's last figures while it does not answer."""
+        try:
+            told = await self._router.dispatcher_call("figures", timeout=_FIGURES_TIMEOUT)
+        except Exception as error:
+            self._metrics.dispatcher_up.set(0)
+            logger.debug("no figures from the dispatcher: %s", error)
+        else:
+            self._metrics.dispatcher_up.set(1)
+            self._metrics.figures.take(told["dispatcher"], told["instances"])
         body, content_type = self._metrics.expose(http.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
 

@@ -98,7 +98,7 @@ class Choice:
                     raise ApiError(400, delta.message or "the request cannot be served")
                 first = not self._timer.started
                 if delta.tokens:
-                    self._timer.tokens()
+                    self._timer.tokens(self._stream)
                 text = self._output.push(delta.tokens, last_stops=reason is FinishReason.STOP)
                 if reason is not FinishReason.NOT_FINISHED:
                     text += self._output.flush()
@@ -126,7 +126,13 @@ class Choice:
             raise from_failure(failure) from None
         finally:
             self._stream.cancel()
-            self._timer.finished(outcome, self.prompt_tokens, self.completion_tokens, self._stream)
+            self._timer.finished(
+                outcome,
+                self.prompt_tokens,
+                self.cached_tokens,
+                self.completion_tokens,
+                self._stream,
+            )
 
     def _scored(self, delta: Delta) -> list[Scored]:
         """The tokens of a delta that count, with their log-probabilities."""

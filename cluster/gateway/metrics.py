@@ -1,16 +1,17 @@
-"""What ``/metrics`` says: Drover's own series, and the ``vllm:`` ones that dashboards expect.
+"""What ``/metrics`` says: the series that ``cluster/metrics.py`` declares, with their values.
 
 Series of this gateway carry its id as label ``gateway``, so that those of several gateways
-behind one port can be told apart and summed. Series of instances come from the dispatcher's
-view and are the same at every gateway; their label ``engine`` is the instance's id.
+behind one port can be told apart and summed. Those of instances and of the dispatcher are the
+same at every gateway; the label ``engine`` is an instance's id.
 """
 
 from __future__ import annotations
 
 import bisect
 import itertools
+import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from prometheus_client import (
@@ -20,88 +21,152 @@ from prometheus_client import (
     Histogram,
     disable_created_metrics,
 )
-from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from cluster.dispatcher.messages import ClusterView
+from cluster.metrics import CATALOGUE, SERIES, Series
+from instance.load import Figure
 
 # A second series per counter that says when it began; nothing reads it.
 disable_created_metrics()
 
-# The bucket bounds are vLLM's, so that its dashboards fit.
-_FIRST_TOKEN = (
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
-    20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
-)  # fmt: skip
-_BETWEEN_TOKENS = (
-    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
-    20.0, 40.0, 80.0,
-)  # fmt: skip
-_WHOLE = (
-    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0,
-    240.0, 480.0, 960.0, 1920.0, 7680.0,
-)  # fmt: skip
-_SIZES = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
+logger = logging.getLogger(__name__)
+
+Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
 _OUTCOMES = ("stop", "length", "abort", "error", "cancelled")
+_STATES = ("ready", "suspect", "draining")
+_GAUGES = {
+    "vllm:num_requests_running": "running",
+    "vllm:num_requests_waiting": "waiting",
+    "vllm:kv_cache_usage_perc": "load",
+    "drover_instance_free_blocks": "free_blocks",
+    "drover_instance_freeness": "freeness",
+    "drover_instance_step_seconds": "step_seconds",
+}
+"""Attribute of an instance's view by series."""
 
 
 class Moves(Protocol):
-    """How often a request changed its instance."""
+    """How often a request changed its instance, and what that cost it.
+
+    Attributes:
+        pauses: Seconds without tokens at each migration; taken out once they are counted.
+        stalls: The same at each replay.
+    """
 
     migrations: int
     replays: int
+    pauses: list[float]
+    stalls: list[float]
 
 
-class _InstanceCollector(Collector):
+def _gauge(name: str) -> GaugeMetricFamily:
+    series = CATALOGUE[name]
+    return GaugeMetricFamily(name, series.text, labels=series.labels)
+
+
+def _histogram(
+    series: Series, observed: Iterable[tuple[Sequence[str], Sequence[int], float]]
+) -> HistogramMetricFamily:
+    """A histogram's family from label values, observations by bucket, and their sum."""
+    family = HistogramMetricFamily(series.name, series.text, labels=series.labels)
+    bounds = [*map(floatToGoString, series.buckets), "+Inf"]
+    for labels, counts, total in observed:
+        sums = map(float, itertools.accumulate(counts))
+        family.add_metric(labels, list(zip(bounds, sums, strict=True)), total)
+    return family
+
+
+class _ViewCollector(Collector):
     """Instances as the dispatcher sees them, read when scraped."""
 
     def __init__(self, view: Callable[[], ClusterView], model: str) -> None:
         self._view = view
         self._model = model
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Family]:
         view = self._view()
-        states = GaugeMetricFamily("drover_instances", "Instances by state.", labels=["state"])
-        for state in ("ready", "suspect", "draining"):
+        states = _gauge("drover_instances")
+        for state in _STATES:
             states.add_metric(
                 [state], sum(1 for instance in view.instances if instance.state == state)
             )
         yield states
-        for name, text, value in (
-            ("vllm:num_requests_running", "Requests in the batch.", "running"),
-            ("vllm:num_requests_waiting", "Requests waiting for the batch.", "waiting"),
-            ("vllm:kv_cache_usage_perc", "KV blocks used or promised; 1 is all.", "load"),
-            ("drover_instance_free_blocks", "KV blocks free or cached.", "free_blocks"),
-            ("drover_instance_freeness", "Free KV blocks per running request.", "freeness"),
-            ("drover_instance_step_seconds", "Median duration of a step.", "step_seconds"),
-        ):
-            family = GaugeMetricFamily(name, text, labels=["model_name", "engine"])
+        for name, attribute in _GAUGES.items():
+            family = _gauge(name)
             for instance in view.instances:
                 family.add_metric(
-                    [self._model, instance.info.instance_id], getattr(instance, value)
+                    [self._model, instance.info.instance_id], getattr(instance, attribute)
                 )
             yield family
-        facts = GaugeMetricFamily(
-            "vllm:cache_config_info",
-            "The KV cache of an instance.",
-            labels=["model_name", "engine", "block_size", "num_gpu_blocks", "cache_dtype"],
-        )
+        facts = _gauge("vllm:cache_config_info")
         for instance in view.instances:
             info = instance.info
-            facts.add_metric(
-                [
-                    self._model,
-                    info.instance_id,
-                    str(info.model.block_size),
-                    str(info.total_blocks),
-                    info.model.dtype,
-                ],
-                1,
-            )
+            sizes = [str(info.model.block_size), str(info.total_blocks), info.model.dtype]
+            facts.add_metric([self._model, info.instance_id, *sizes], 1)
         yield facts
+
+
+class FigureCollector(Collector):
+    """Figures of the dispatcher and of the instances, as they were told last.
+
+    Args:
+        model: Value of the label ``model_name``.
+    """
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._values: dict[str, list[tuple[tuple[str, ...], Figure]]] = {}
+        self._unknown: set[str] = set()
+
+    def take(self, dispatcher: Iterable[Figure], instances: Mapping[str, Iterable[Figure]]) -> None:
+        """Replace what is shown; figures that are not declared are left out, and logged once."""
+        self._values = {}
+        for figure in dispatcher:
+            self._add(figure, "dispatcher", ())
+        for instance_id, figures in instances.items():
+            for figure in figures:
+                self._add(figure, "instance", (self._model, instance_id))
+
+    def _add(self, figure: Figure, source: str, prefix: tuple[str, ...]) -> None:
+        series = CATALOGUE.get(figure.name)
+        fits = (
+            series is not None
+            and series.source == source
+            and len(series.labels) == len(prefix) + len(figure.labels)
+            and len(figure.buckets) == (len(series.buckets) + 1 if series.buckets else 0)
+        )
+        if fits:
+            labels = (*prefix, *figure.labels)
+            self._values.setdefault(figure.name, []).append((labels, figure))
+        elif figure.name not in self._unknown:
+            # An instance of another version may know other figures.
+            self._unknown.add(figure.name)
+            logger.warning("figure %s is not as it is declared; it is not shown", figure.name)
+
+    def collect(self) -> Iterator[Family]:
+        for series in SERIES:
+            if series.source not in ("dispatcher", "instance"):
+                continue
+            values = self._values.get(series.name, [])
+            if series.kind == "histogram":
+                yield _histogram(
+                    series, ((labels, one.buckets, one.value) for labels, one in values)
+                )
+                continue
+            kind = CounterMetricFamily if series.kind == "counter" else GaugeMetricFamily
+            family = kind(series.name, series.text, labels=series.labels)
+            for labels, figure in values:
+                family.add_metric(labels, figure.value)
+            yield family
 
 
 class _LoopHistogram(Collector):
@@ -110,34 +175,26 @@ class _LoopHistogram(Collector):
     The library's own costs as much as turning the token into text.
     """
 
-    def __init__(
-        self, name: str, text: str, labels: dict[str, str], buckets: tuple[float, ...]
-    ) -> None:
-        self._name = name
-        self._text = text
-        self._labels = labels
-        self._bounds = buckets
-        self._counts = [0] * (len(buckets) + 1)
+    def __init__(self, series: Series, labels: dict[str, str]) -> None:
+        self._series = series
+        self._labels = [labels[name] for name in series.labels]
+        self._counts = [0] * (len(series.buckets) + 1)
         self._sum = 0.0
 
     def observe(self, value: float) -> None:
-        self._counts[bisect.bisect_left(self._bounds, value)] += 1
+        self._counts[bisect.bisect_left(self._series.buckets, value)] += 1
         self._sum += value
 
-    def collect(self) -> Iterator[HistogramMetricFamily]:
-        bounds = [*map(floatToGoString, self._bounds), "+Inf"]
-        counts = itertools.accumulate(self._counts)
-        family = HistogramMetricFamily(self._name, self._text, labels=list(self._labels))
-        family.add_metric(
-            list(self._labels.values()),
-            [(bound, float(count)) for bound, count in zip(bounds, counts, strict=True)],
-            self._sum,
-        )
-        yield family
+    def collect(self) -> Iterator[Family]:
+        yield _histogram(self._series, [(self._labels, self._counts, self._sum)])
 
 
 class GatewayMetrics:
-    """The series of one gateway, in a registry of its own."""
+    """The series of one gateway, in a registry of its own.
+
+    Attributes:
+        figures: What the dispatcher and the instances count.
+    """
 
     def __init__(
         self,
@@ -147,95 +204,61 @@ class GatewayMetrics:
         active: Callable[[], int],
     ) -> None:
         self.registry = registry = CollectorRegistry()
-        own = {"gateway": gateway_id}
-        both = {"gateway": gateway_id, "model_name": model}
+        known = {"gateway": gateway_id, "model_name": model}
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            metric = Histogram(name, text, list(both), buckets=buckets, registry=registry)
-            return metric.labels(**both)
+        def labels(series: Series) -> dict[str, str]:
+            return {name: known[name] for name in series.labels if name in known}
 
-        def counter(name: str, text: str, labels: dict[str, str]) -> Counter:
-            return Counter(name, text, list(labels), registry=registry).labels(**labels)
+        def histogram(name: str) -> Histogram:
+            series = CATALOGUE[name]
+            metric = Histogram(
+                name, series.text, series.labels, buckets=series.buckets, registry=registry
+            )
+            return metric.labels(**labels(series))
 
-        self.first_token = histogram(
-            "vllm:time_to_first_token_seconds",
-            "From the arrival of a request to its first token.",
-            _FIRST_TOKEN,
-        )
-        self.between_tokens = _LoopHistogram(
-            "vllm:inter_token_latency_seconds",
-            "Between one delivery of tokens and the next of the same request.",
-            both,
-            _BETWEEN_TOKENS,
-        )
+        def counters(name: str) -> Callable[..., Counter]:
+            series = CATALOGUE[name]
+            metric = Counter(name, series.text, series.labels, registry=registry)
+            return lambda **more: metric.labels(**labels(series), **more)
+
+        def gauge(name: str) -> Gauge:
+            series = CATALOGUE[name]
+            metric = Gauge(name, series.text, series.labels, registry=registry)
+            return metric.labels(**labels(series))
+
+        self.first_token = histogram("vllm:time_to_first_token_seconds")
+        between = CATALOGUE["vllm:inter_token_latency_seconds"]
+        self.between_tokens = _LoopHistogram(between, labels(between))
         registry.register(self.between_tokens)
-        self.per_token = histogram(
-            "vllm:request_time_per_output_token_seconds",
-            "Mean time per output token after the first, by request.",
-            _BETWEEN_TOKENS,
-        )
-        self.whole = histogram(
-            "vllm:e2e_request_latency_seconds",
-            "From the arrival of a request to its end.",
-            _WHOLE,
-        )
-        self.prompt_sizes = histogram(
-            "vllm:request_prompt_tokens", "Prompt tokens of a request.", _SIZES
-        )
-        self.output_sizes = histogram(
-            "vllm:request_generation_tokens", "Output tokens of a request.", _SIZES
-        )
-        self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of ended requests.", both)
-        self.output_tokens = counter("vllm:generation_tokens", "Output tokens.", both)
-        succeeded = Counter(
-            "vllm:request_success",
-            "Requests ended with a result, by why they ended.",
-            [*both, "finished_reason"],
-            registry=registry,
-        )
+        self.per_token = histogram("vllm:request_time_per_output_token_seconds")
+        self.whole = histogram("vllm:e2e_request_latency_seconds")
+        self.prompt_sizes = histogram("vllm:request_prompt_tokens")
+        self.output_sizes = histogram("vllm:request_generation_tokens")
+        self.prompt_tokens = counters("vllm:prompt_tokens_total")()
+        self.output_tokens = counters("vllm:generation_tokens_total")()
+        self.cache_queries = counters("vllm:prefix_cache_queries_total")()
+        self.cache_hits = counters("vllm:prefix_cache_hits_total")()
+        succeeded = counters("vllm:request_success_total")
         self.succeeded = {
-            reason: succeeded.labels(**both, finished_reason=reason)
-            for reason in ("stop", "length", "abort")
+            reason: succeeded(finished_reason=reason) for reason in ("stop", "length", "abort")
         }
-        requests = Counter(
-            "drover_requests",
-            "Requests ended, by outcome; 'cancelled' is a client that went away.",
-            [*own, "outcome"],
-            registry=registry,
-        )
-        self.requests = {outcome: requests.labels(**own, outcome=outcome) for outcome in _OUTCOMES}
-        self.migrations = counter(
-            "drover_request_migrations", "Live migrations of this gateway's requests.", own
-        )
-        self.replays = counter(
-            "drover_request_replays",
-            "Requests of this gateway begun anew after an instance was lost.",
-            own,
-        )
-        self.disconnects = counter(
-            "drover_client_disconnects", "Clients gone before their answer was complete.", own
-        )
-        self._http = Counter(
-            "drover_http_requests",
-            "HTTP requests by route and status.",
-            [*own, "method", "route", "status"],
-            registry=registry,
-        )
-        self._gateway_id = gateway_id
-        running = Gauge(
-            "drover_requests_active",
-            "Requests of this gateway placed, waiting or running.",
-            list(own),
-            registry=registry,
-        )
-        running.labels(**own).set_function(active)
-        registry.register(_InstanceCollector(view, model))
+        requests = counters("drover_requests_total")
+        self.requests = {outcome: requests(outcome=outcome) for outcome in _OUTCOMES}
+        self.migrations = counters("drover_request_migrations_total")()
+        self.replays = counters("drover_request_replays_total")()
+        self.pauses = histogram("drover_migration_pause_seconds")
+        self.stalls = histogram("drover_replay_stall_seconds")
+        self.disconnects = counters("drover_client_disconnects_total")()
+        self._http = counters("drover_http_requests_total")
+        self.dispatcher_up = gauge("drover_dispatcher_up")
+        gauge("drover_requests_active").set_function(active)
+        registry.register(_ViewCollector(view, model))
+        self.figures = FigureCollector(model)
+        registry.register(self.figures)
 
     def http(self, method: str, route: str, status: int) -> None:
         """Count an answered HTTP request; ``route`` is one of a fixed set."""
-        self._http.labels(
-            gateway=self._gateway_id, method=method, route=route, status=str(status)
-        ).inc()
+        self._http(method=method, route=route, status=str(status)).inc()
 
     def expose(self, accept: str) -> tuple[bytes, str]:
         """The exposition that an ``Accept`` header asks for, and its content type."""
@@ -259,7 +282,7 @@ class RequestTimer:
         """The first token has come."""
         return self._first > 0
 
-    def tokens(self) -> None:
+    def tokens(self, moves: Moves) -> None:
         """Tokens have come."""
         now = time.monotonic()
         if self._first:
@@ -268,13 +291,18 @@ class RequestTimer:
             self._first = now
             self._metrics.first_token.observe(now - self._arrival)
         self._last = now
+        while moves.pauses:
+            self._metrics.pauses.observe(moves.pauses.pop())
+        while moves.stalls:
+            self._metrics.stalls.observe(moves.stalls.pop())
 
-    def finished(self, outcome: str, prompt: int, output: int, moves: Moves) -> None:
+    def finished(self, outcome: str, prompt: int, cached: int, output: int, moves: Moves) -> None:
         """The request ended.
 
         Args:
             outcome: "stop", "length", "abort", "error" or "cancelled".
             prompt: Prompt tokens.
+            cached: Those of them whose KV was cached.
             output: Output tokens.
             moves: Its moves between instances.
         """
@@ -283,6 +311,8 @@ class RequestTimer:
         metrics.migrations.inc(moves.migrations)
         metrics.replays.inc(moves.replays)
         metrics.prompt_tokens.inc(prompt)
+        metrics.cache_queries.inc(prompt)
+        metrics.cache_hits.inc(cached)
         metrics.output_tokens.inc(output)
         if outcome not in metrics.succeeded:
             return

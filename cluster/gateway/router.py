@@ -109,6 +109,8 @@ class RequestStream:
         epoch: Present ownership number.
         migrations: Moves so far.
         replays: Times the request was started again elsewhere.
+        pauses: Seconds between tokens at moves, until somebody takes them out.
+        stalls: The same at replays.
     """
 
     def __init__(self, router: Router, request: Request) -> None:
@@ -120,7 +122,10 @@ class RequestStream:
         self.num_output = 0
         self.started = time.monotonic()
         self.stalled_since: float | None = None
-        self.stalls = 0
+        self.placements_failed = 0
+        self.pauses: list[float] = []
+        self.stalls: list[float] = []
+        self._delivered = 0.0
         self._router = router
         self._holder: str | None = None
         self._tokens: list[int] = []
@@ -179,10 +184,19 @@ class RequestStream:
         self._reason = action.finish_reason
         self._message = action.message
         if producer is not None:
-            self.producer = producer
+            self._came_from(producer)
         self.stalled_since = None
-        self.stalls = 0
+        self.placements_failed = 0
         self._wake()
+
+    def _came_from(self, producer: str) -> None:
+        now = time.monotonic()
+        if self.stalled_since is not None:
+            self.stalls.append(now - self.stalled_since)
+        elif producer != self.producer and self.producer is not None:
+            self.pauses.append(now - self._delivered)
+        self.producer = producer
+        self._delivered = now
 
     def fail(self, failure: RequestFailed) -> None:
         """End with an error; tokens that came before are still read."""
@@ -285,10 +299,10 @@ class Router:
         await self._placer.close()
         await asyncio.gather(*(link.close() for link in list(self._links.values())))
 
-    async def dispatcher_call(self, method: str, *args: Any) -> Any:
+    async def dispatcher_call(self, method: str, *args: Any, timeout: float = 60.0) -> Any:
         """Await a method of the dispatcher; raises RequestFailed(503) when it is away."""
         try:
-            return await self._placer.call(method, *args, timeout=60.0)
+            return await self._placer.call(method, *args, timeout=timeout)
         except (TimeoutError, ConnectionError) as error:
             raise RequestFailed(503, f"the dispatcher is away: {error}", retry_after=2.0) from None
 
@@ -344,8 +358,8 @@ class Router:
         delay = 0.02
         if stream.stalled_since is not None:
             # Instances that fail one after the other must not be asked in a hot loop.
-            stream.stalls += 1
-            await asyncio.sleep(min(0.5, delay * (stream.stalls - 1)))
+            stream.placements_failed += 1
+            await asyncio.sleep(min(0.5, delay * (stream.placements_failed - 1)))
         while self._streams.get(action.request_id) is stream and stream.epoch == action.epoch:
             answer = await self._placer.place(
                 PlaceRequest(

@@ -70,6 +70,8 @@ class FakeStream:
         self.epoch = 1
         self.migrations = 0
         self.replays = 0
+        self.pauses: list[float] = []
+        self.stalls: list[float] = []
         self.finished = False
         self.cancelled = asyncio.Event()
         self._script = list(script)
@@ -120,6 +122,7 @@ class FakeRouter:
         self.arrival = asyncio.Event()
         self.calls: list[tuple[Any, ...]] = []
         self.answer: Any = {}
+        self.figures: dict[str, Any] = {"dispatcher": [], "instances": {}}
         self.submit_error: Exception | None = None
 
     @property
@@ -141,7 +144,9 @@ class FakeRouter:
     def describe_requests(self) -> list[dict[str, Any]]:
         return [{"request_id": s.request_id, "instance": s.holder} for s in self.streams]
 
-    async def dispatcher_call(self, method: str, *args: Any) -> Any:
+    async def dispatcher_call(self, method: str, *args: Any, timeout: float = 60.0) -> Any:
+        if method == "figures":
+            return self.figures
         self.calls.append((method, *args))
         if isinstance(self.answer, Exception):
             raise self.answer
