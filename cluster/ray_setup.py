@@ -36,6 +36,8 @@ def prepare_ray(address: str, temp_dir: str) -> None:
     """
     defaults = {
         "RAY_USAGE_STATS_ENABLED": "0",
+        # A call made after the shutdown must fail, not start another Ray.
+        "RAY_ENABLE_AUTO_CONNECT": "0",
         # Ray says otherwise in a warning that it will change how it hides GPUs.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "TOKENIZERS_PARALLELISM": "false",

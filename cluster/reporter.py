@@ -85,6 +85,9 @@ class DispatcherReporter:
     def _call(self, method: str, argument: InstanceInfo | LoadReport) -> Any:
         import ray
 
+        if not ray.is_initialized():
+            # Else the next call would start a whole Ray of its own.
+            raise ConnectionError("this process has left Ray")
         if self._handle is None:
             self._handle = ray.get_actor(
                 self._cluster.dispatcher, namespace=self._cluster.namespace

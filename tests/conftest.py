@@ -18,6 +18,7 @@ os.environ.setdefault(TRACES, str(ROOT.parent / "shared" / "traces"))
 
 # Read by libraries when they are imported, so set before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 # With a token of our own, Ray neither reads nor writes one in the user's home.
