@@ -25,11 +25,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from instance.config import SchedulerConfig
+from instance.draft import Draft
 from instance.kv.blocks import BlockPool, IntegrityError
 from instance.kv.tables import BlockTables
+from instance.limits import Limits
 from instance.request import (
     FinishReason,
-    Row,
     Sequence,
     SequenceStatus,
     StepPlan,
@@ -66,50 +67,6 @@ def priority(sequence: Sequence) -> tuple[int, float, str]:
     return request.request_class, request.arrival, request.request_id
 
 
-class _Draft:
-    """A plan in the making: at most one row per sequence, and the token budget left."""
-
-    def __init__(self, plan: StepPlan, budget: int) -> None:
-        self.plan = plan
-        self.rows = {row.sequence: row for row in plan.rows}
-        self.budget = budget - plan.num_tokens
-
-    def put(self, sequence: Sequence, count: int) -> None:
-        start = sequence.num_computed
-        samples = start + count == sequence.num_tokens
-        self.rows[sequence] = Row(sequence, start, count, samples)
-        self.budget -= count
-        sequence.num_computed = start + count
-        if samples:
-            sequence.num_in_flight += 1
-
-    def drop(self, sequence: Sequence) -> None:
-        row = self.rows.pop(sequence, None)
-        if row is not None:
-            self.budget += row.length
-            sequence.num_computed = row.start
-            if row.samples:
-                sequence.num_in_flight -= 1
-
-    def make_room(self) -> bool:
-        """Have budget for a decode: if need be, the last prefill row is cut by one token."""
-        if self.budget:
-            return True
-        for row in reversed(self.rows.values()):
-            if row.length > 1 or not row.samples:
-                self.drop(row.sequence)
-                if row.length > 1:
-                    self.put(row.sequence, row.length - 1)
-                return True
-        return False
-
-    def finish(self) -> None:
-        """Write the rows back: decodes first, each kind in the order of entry."""
-        rows = self.rows.values()
-        self.plan.rows = [row for row in rows if row.length == 1 and row.samples]
-        self.plan.rows += [row for row in rows if row.length != 1 or not row.samples]
-
-
 class Scheduler:
     """Owns the sequences of an instance and their blocks.
 
@@ -137,6 +94,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self._tables = BlockTables(pool, salt, config.enable_prefix_caching)
+        self._limits = Limits(config, pool)
         self._number = 0
 
     # ---- sequences come and go
@@ -148,7 +106,7 @@ class Scheduler:
             ValueError: Its id is live already, it has no token to draw within its limits,
                 or it could never fit the pool.
         """
-        self._check_limits(sequence)
+        self._check_new(sequence)
         sequence.status = _WAITING
         self.sequences[sequence.request_id] = sequence
         insort(self.waiting, sequence, key=priority)
@@ -161,7 +119,7 @@ class Scheduler:
         Raises:
             ValueError: As for ``add``, or its counters and blocks do not agree.
         """
-        self._check_limits(sequence)
+        self._check_new(sequence)
         computed = sequence.num_computed
         if (
             not 0 < computed < len(sequence.tokens)
@@ -247,7 +205,7 @@ class Scheduler:
         """
         self._number += 1
         plan = StepPlan(self._number)
-        draft = _Draft(plan, self.config.max_num_batched_tokens)
+        draft = Draft(plan, self.config.max_num_batched_tokens)
         self._catch_up(draft)
         if not plan.preempted:
             self._admit(draft)
@@ -262,7 +220,7 @@ class Scheduler:
         that joins here takes its token from a planned prefill if the budget is used up. All
         tokens of the rows are known afterwards.
         """
-        draft = _Draft(plan, self.config.max_num_batched_tokens)
+        draft = Draft(plan, self.config.max_num_batched_tokens)
         for row in plan.rows:
             if row.sequence.status is not _RUNNING:
                 draft.drop(row.sequence)
@@ -277,7 +235,7 @@ class Scheduler:
 
         Blocks allocated for the row stay in its block table.
         """
-        draft = _Draft(plan, self.config.max_num_batched_tokens)
+        draft = Draft(plan, self.config.max_num_batched_tokens)
         draft.drop(sequence)
         draft.finish()
 
@@ -331,7 +289,7 @@ class Scheduler:
                 figures = (logprobs[draw],)
                 sequence.logprobs.append(logprobs[draw])
             self._tables.seal(sequence)
-            reason = self._finish_reason(sequence)
+            reason = self._limits.finish_reason(sequence)
             if reason is not FinishReason.NOT_FINISHED:
                 self.finish(sequence, reason)
             emissions.append(Emission(sequence, index, (tokens[draw],), reason, figures))
@@ -388,7 +346,7 @@ class Scheduler:
 
     # ---- planning
 
-    def _catch_up(self, draft: _Draft) -> None:
+    def _catch_up(self, draft: Draft) -> None:
         """Rows for running sequences that have none: decodes, then prefills in chunks."""
         prefills: list[Sequence] = []
         rows = draft.rows
@@ -400,7 +358,7 @@ class Scheduler:
                 prefills.append(sequence)
             elif (
                 remaining == 1
-                and not self._is_last(sequence)
+                and not self._limits.is_last(sequence)
                 and len(rows) < self.max_num_seqs
                 and draft.make_room()
                 and self._grow(draft, sequence, 1)
@@ -415,7 +373,7 @@ class Scheduler:
             if self._grow(draft, sequence, count):
                 draft.put(sequence, count)
 
-    def _admit(self, draft: _Draft) -> None:
+    def _admit(self, draft: Draft) -> None:
         """Waiting sequences enter strictly in order: a head that does not fit yet waits.
 
         Held ones are passed over.
@@ -441,7 +399,7 @@ class Scheduler:
             insort(self.running, sequence, key=priority)
             draft.put(sequence, min(sequence.num_tokens - sequence.num_computed, draft.budget))
 
-    def _grow(self, draft: _Draft, sequence: Sequence, count: int) -> bool:
+    def _grow(self, draft: Draft, sequence: Sequence, count: int) -> bool:
         """Blocks for ``count`` more positions, preempting others if need be.
 
         The victim is the running sequence of lowest priority; false if that is the growing
@@ -454,7 +412,7 @@ class Scheduler:
                 return False
         return True
 
-    def _preempt(self, draft: _Draft, victim: Sequence) -> None:
+    def _preempt(self, draft: Draft, victim: Sequence) -> None:
         draft.drop(victim)
         draft.plan.preempted.append(victim)
         self._leave(victim)
@@ -474,49 +432,10 @@ class Scheduler:
 
     # ---- small parts
 
-    def _check_limits(self, sequence: Sequence) -> None:
-        name = sequence.request_id
-        if name in self.sequences:
-            raise ValueError(f"request {name} is already here")
-        if not sequence.num_prompt:
-            raise ValueError(f"request {name} has an empty prompt")
-        limit = self._limit(sequence)
-        if len(sequence.tokens) >= limit:
-            raise ValueError(
-                f"request {name}: no token is left to draw: {len(sequence.tokens)} known, "
-                f"at most {limit} by its max_tokens of {sequence.request.params.max_tokens} "
-                f"and max_model_len {self.config.max_model_len}"
-            )
-        # The last token drawn is never an input, so it needs no KV.
-        needed = self._tables.blocks_for(limit - 1)
-        if needed > self.pool.num_usable:
-            raise ValueError(
-                f"request {name}: prompt and output of up to {limit} tokens (max_model_len "
-                f"{self.config.max_model_len}) need {needed} KV blocks, "
-                f"the pool has {self.pool.num_usable}"
-            )
-
-    def _limit(self, sequence: Sequence) -> int:
-        """Tokens at which the sequence ends."""
-        return min(
-            sequence.num_prompt + sequence.request.params.max_tokens, self.config.max_model_len
-        )
-
-    def _is_last(self, sequence: Sequence) -> bool:
-        """Whether the last token allowed is drawn already, known or not."""
-        return sequence.num_tokens >= self._limit(sequence)
-
-    def _finish_reason(self, sequence: Sequence) -> FinishReason:
-        # As in the sampler: stop tokens count once min_tokens came before them. Under a
-        # grammar an earlier one is drawn only where nothing else can follow.
-        params = sequence.request.params
-        if sequence.tokens[-1] in sequence.stop_token_ids and (
-            sequence.num_output > params.min_tokens or params.grammar is not None
-        ):
-            return FinishReason.STOP
-        if len(sequence.tokens) >= self._limit(sequence):
-            return FinishReason.LENGTH
-        return FinishReason.NOT_FINISHED
+    def _check_new(self, sequence: Sequence) -> None:
+        if sequence.request_id in self.sequences:
+            raise ValueError(f"request {sequence.request_id} is already here")
+        self._limits.check(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
         """Out of the queue that the sequence is in, if any."""

@@ -26,6 +26,8 @@ INSTANCE_CORES = (
     "instance/executor.py",
     "instance/load.py",
     "instance/fairness.py",
+    "instance/draft.py",
+    "instance/limits.py",
     "instance/scheduler.py",
     "instance/migration/messages.py",
     "instance/migration/epochs.py",
@@ -34,14 +36,14 @@ INSTANCE_CORES = (
     "instance/migration/protocol.py",
 )
 GATEWAY_CORES = ("cluster/gateway/home.py", "cluster/gateway/stop_strings.py")
-CORE_FOLDERS = ("instance/kv", "cluster/dispatcher")
-SHELLS = {"copier.py", "actor.py", "store.py", "__init__.py"}
+CORE_FOLDERS = ("instance/kv", "cluster/dispatcher", "cluster/simulation/workloads")
+SHELLS = {"copier.py", "actor.py", "sources.py", "store.py", "__init__.py"}
 """Modules of the core folders that do I/O."""
 
 PURE = {
-    *("__future__", "abc", "array", "bisect", "collections", "contextlib", "copy", "dataclasses"),
-    *("enum", "fractions", "functools", "hashlib", "heapq", "itertools", "math", "numbers"),
-    *("numpy", "operator", "re", "statistics", "string", "struct", "types", "typing"),
+    *("__future__", "abc", "array", "bisect", "collections", "contextlib", "copy", "csv"),
+    *("dataclasses", "enum", "fractions", "functools", "hashlib", "heapq", "itertools", "json"),
+    *("math", "numbers", "numpy", "operator", "re", "statistics", "string", "struct", "types", "typing"),
 }
 """Packages a core may import: none does I/O, and none knows a clock, a thread or chance."""
 IMPURE_CALLS = {"open", "print", "input", "exec", "eval", "__import__"}
