@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from cluster.dispatcher.events import (
     Action,
@@ -38,6 +39,8 @@ from cluster.dispatcher.load import (
 from cluster.dispatcher.members import Members
 from cluster.dispatcher.messages import ClusterView, Placement, PlaceRequest, Refusal
 from cluster.dispatcher.migrations import Migrations
+from cluster.dispatcher.overrides import DRAINING, Overrides, key
+from cluster.dispatcher.persistence import info_to_json, infos_from_json
 from cluster.dispatcher.placement import POLICIES, Uniform
 from cluster.dispatcher.rebalance import RebalanceConfig
 from instance.load import InstanceInfo, SequenceLoad
@@ -92,6 +95,7 @@ class Dispatcher:
     Attributes:
         members: Instances, loads and migrations under way.
         migrations: Which requests move.
+        overrides: What operators have set at run time.
         counters: Events by kind and reason, for metrics.
 
     Raises:
@@ -105,9 +109,10 @@ class Dispatcher:
             )
         self.config = config
         self.members = Members(config.load, version)
+        self.overrides = Overrides(version)
         self.counters: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._rng = rng
-        self._policy = POLICIES[config.placement]
+        self._policy = POLICIES[config.placement].choose
         self._held: dict[str, _Held] = {}
         self._known: OrderedDict[str, _Known] = OrderedDict()
         self._turn = 0
@@ -142,8 +147,10 @@ class Dispatcher:
                 if self.members.leave(instance_id, incarnation):
                     self._count("membership", "left")
             case DrainRequested(instance_id):
+                self.overrides.set(key(DRAINING, instance_id), True)
                 actions = self._set_draining(instance_id, True)
             case ResumeRequested(instance_id):
+                self.overrides.set(key(DRAINING, instance_id), None)
                 actions = self._set_draining(instance_id, False)
             case Tick():
                 actions = self._tick(now)
@@ -153,6 +160,8 @@ class Dispatcher:
 
     def _joined(self, info: InstanceInfo, now: float) -> list[Action]:
         self._count("membership", self.members.join(info, now))
+        if self.overrides.get(key(DRAINING, info.instance_id)):
+            self.members.set_draining(info.instance_id, True)
         if self.members.loads[info.instance_id].draining:
             return [SetDraining(info.instance_id, True)]
         return []
@@ -218,24 +227,8 @@ class Dispatcher:
         An instance to avoid is taken only if it has been heard of after ``since``: then it
         lives. A suspect instance is better than none.
         """
-        usable: dict[InstanceState, list[LoadView]] = defaultdict(list)
-        for name, load in self.members.loads.items():
-            if name in request.avoid and (since is None or load.heard <= since):
-                continue
-            state = self.members.state(name, now)
-            if state in (InstanceState.READY, InstanceState.SUSPECT):
-                usable[state].append(self.members.view(load, now))
-        views = usable[InstanceState.READY] or usable[InstanceState.SUSPECT]
-        if not views:
-            return None
-        for preferred in (
-            [v for v in views if v.info.model.name == request.model],
-            [v for v in views if v.total * v.info.model.block_size > request.num_tokens],
-            [v for v in views if v.instance_id not in request.avoid],
-        ):
-            kept = [view for view in views if any(view is other for other in preferred)]
-            views = kept or views
-        return self._policy(request, views, self._rng)
+        candidates = self.members.candidates(request, now, since)
+        return None if candidates is None else self._policy(request, candidates, self._rng)
 
     def _assign(self, request: PlaceRequest, view: LoadView, now: float) -> Place:
         load = self.members.loads[view.instance_id]
@@ -253,11 +246,12 @@ class Dispatcher:
                 running=False,
                 blocks=blocks_for(request.num_tokens + 1, load.info.model.block_size),
                 num_tokens=request.num_tokens,
+                uncomputed=request.num_tokens,
             ),
             now,
         )
         self._turn += 1
-        load.last_placed = self._turn
+        self.members.placed(view.instance_id, self._turn)
         self._remember(request.request_id, _Known(request.epoch, placement))
         self._count("placements", "new" if request.epoch <= 1 else "replayed")
         return Place(placement)
@@ -291,7 +285,7 @@ class Dispatcher:
         load = self.members.loads.get(instance_id)
         if load is None:
             return []
-        load.draining = on
+        self.members.set_draining(instance_id, on)
         if not on and load.report is not None:
             # Its next report decides whether it still says that it drains.
             load.report = dataclasses.replace(load.report, draining=False)
@@ -302,6 +296,35 @@ class Dispatcher:
         if expired:
             self._count("charges", "expired", expired)
         return self.migrations.tick(now)
+
+    # ---- what outlives the dispatcher
+
+    def export_state(self, now: float) -> dict[str, Any]:
+        """What a later dispatcher should begin with, ready for JSON, by section."""
+        infos = [view.info for view in self.view(now).instances]
+        return {
+            "overrides": self.overrides.export(),
+            "membership": [info_to_json(info) for info in infos],
+        }
+
+    def restore_state(self, state: Mapping[str, Any], now: float) -> list[Action]:
+        """Take what an earlier dispatcher exported; what is known to be newer stays.
+
+        Instances are suspect until they are heard of.
+        """
+        actions: list[Action] = []
+        load = self.config.load
+        silent = load.report_interval * load.suspect_intervals * 1.01
+        for info in infos_from_json(state.get("membership")):
+            if info.instance_id not in self.members.loads:
+                self.members.join(info, now - silent)
+        overrides = state.get("overrides")
+        for name in self.overrides.merge(overrides if isinstance(overrides, dict) else {}):
+            kind, _, rest = name.partition("/")
+            if kind == DRAINING:
+                actions.extend(self._set_draining(rest, bool(self.overrides.get(name))))
+        self.members.update_version(now)
+        return actions
 
     # ---- what is known
 

@@ -7,12 +7,12 @@ the request, when the request ends, or when it grows too old to be believed.
 
 from __future__ import annotations
 
-import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
-from instance.load import InstanceInfo, LoadReport, SequenceLoad
+from instance.load import InstanceInfo, LoadReport, Role, SequenceLoad
 from instance.request import RequestClass
 
 
@@ -53,6 +53,11 @@ class LoadConfig:
     charge_lifetime: float = 30.0
     headroom_blocks: int = 0
 
+    @property
+    def suspect_after(self) -> float:
+        """Seconds without a report after which an instance is suspect."""
+        return self.report_interval * self.suspect_intervals
+
 
 @dataclass(frozen=True, slots=True)
 class Charge:
@@ -88,6 +93,35 @@ def blocks_for(num_tokens: int, block_size: int) -> int:
     return max(1, -(-num_tokens // block_size))
 
 
+class _Staying(NamedTuple):
+    """Sums over the reported sequences that are not on their way elsewhere."""
+
+    running: int = 0
+    waiting: tuple[int, ...] = ()
+    backlog: int = 0
+    interactive: int = 0
+    freed: int = 0
+
+
+class Reported(NamedTuple):
+    """What the last report says by itself, without charges and migrations under way.
+
+    Attributes:
+        free: KV blocks free or cached.
+        running: Sequences in the batch.
+        waiting: KV blocks wanted by each waiting sequence, in queue order.
+        preempted: Waiting sequences that were in the batch before.
+    """
+
+    free: int
+    running: int
+    waiting: tuple[int, ...]
+    preempted: int
+
+
+_NO_REPORT = Reported(0, 0, (), 0)
+
+
 @dataclass(frozen=True, slots=True)
 class LoadView:
     """One instance's load at one instant: what policies decide by.
@@ -97,7 +131,12 @@ class LoadView:
         headroom: KV blocks kept free for the interactive class.
         running: Sequences in the batch, and those charged or on their way, which will be.
         waiting: KV blocks wanted by each waiting sequence, in queue order.
+        charged: Of ``running``, those sent here that no report holds yet.
+        backlog: Prompt tokens that are here, or on their way, and not computed yet.
+        step_seconds: Measured median step; 0 before the first.
+        prefill_seconds: Measured seconds that a prompt token adds to a step; 0 if unknown.
         last_placed: Number of the last placement made here; 0 before the first.
+        reported: The last report by itself.
     """
 
     info: InstanceInfo
@@ -109,6 +148,11 @@ class LoadView:
     waiting: tuple[int, ...]
     step_seconds: float
     last_placed: int = 0
+    role: Role = Role.MIXED
+    charged: int = 0
+    backlog: int = 0
+    prefill_seconds: float = 0.0
+    reported: Reported = _NO_REPORT
 
     @property
     def instance_id(self) -> str:
@@ -118,6 +162,11 @@ class LoadView:
     def num_requests(self) -> int:
         """Sequences running, promised and waiting."""
         return self.running + len(self.waiting)
+
+    @property
+    def occupancy(self) -> float:
+        """Share of KV blocks used, promised or waited for; may exceed 1."""
+        return (self.total - self.free + sum(self.waiting)) / max(1, self.total)
 
     def placement_freeness(self) -> float:
         """Freeness that a new request meets: every waiting sequence counts with its demand."""
@@ -141,39 +190,97 @@ class LoadView:
         return slack / max(1, batch) if slack > 0 else float(slack)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True)
+class _Charged:
+    """Sums over the charges of an instance, kept up to date as they come and go."""
+
+    blocks: int = 0
+    tokens: int = 0
+    interactive: int = 0
+
+    def add(self, sequence: SequenceLoad, sign: int) -> None:
+        self.blocks += sign * sequence.blocks
+        self.tokens += sign * sequence.uncomputed
+        self.interactive += sign * (sequence.request_class == RequestClass.INTERACTIVE)
+
+
+class Book:
+    """What the loads of a cluster share.
+
+    Attributes:
+        changed: Loads whose view is no longer true; taken by who keeps views.
+        charged: Where each request is charged.
+    """
+
+    def __init__(self) -> None:
+        self.changed: set[InstanceLoad] = set()
+        self.charged: dict[str, set[InstanceLoad]] = {}
+
+
 class InstanceLoad:
     """What the dispatcher knows of one instance.
 
-    Attributes:
+    Args:
         info: The instance as it joined.
         heard: When it joined or reported last.
+        book: Shared with the cluster's other loads.
+
+    Attributes:
+        info: As given; replaced when the same incarnation joins again.
+        heard: When it joined or reported last.
         report: Its last report; None before the first.
-        charges: By request id, oldest first.
+        charges: By request id, oldest first; change them by ``charge`` and ``release``.
         draining: An operator asked that it be emptied.
+        leaving: It is emptied because the cluster scales in, and stopped afterwards.
         left: It said that it leaves.
+        role: What an operator made it; None leaves that to its reports.
         last_placed: Number of the last placement made here.
         settled: When the last migration from or to it ended.
+
+    Whoever sets an attribute calls ``touch``.
     """
 
-    info: InstanceInfo
-    heard: float
-    report: LoadReport | None = None
-    charges: dict[str, Charge] = field(default_factory=dict)
-    draining: bool = False
-    left: bool = False
-    last_placed: int = 0
-    settled: float = -math.inf
+    def __init__(self, info: InstanceInfo, heard: float, book: Book | None = None) -> None:
+        self.info = info
+        self.heard = heard
+        self.report: LoadReport | None = None
+        self.charges: dict[str, Charge] = {}
+        self.draining = False
+        self.leaving = False
+        self.left = False
+        self.role: Role | None = None
+        self.last_placed = 0
+        self.settled = -math.inf
+        self._book = book or Book()
+        self._charged = _Charged()
+        self._arriving: dict[str, SequenceLoad] = {}
+        self._going: dict[str, SequenceLoad] = {}
+        self._by_id: dict[str, SequenceLoad] = {}
+        self._reported = Reported(info.total_blocks, 0, (), 0)
+        self._staying: _Staying | None = None
+        self._view: LoadView | None = None
+        self.touch()
+
+    def touch(self) -> None:
+        """Something changed: the view is made anew when it is next asked for."""
+        self._view = None
+        self._book.changed.add(self)
 
     def state(self, now: float, config: LoadConfig) -> InstanceState:
+        """What may be asked of it at ``now``."""
         silent = now - self.heard
         if self.left or silent > config.gone_after:
             return InstanceState.GONE
-        if self.draining or (self.report is not None and self.report.draining):
+        if self.drains:
             return InstanceState.DRAINING
-        if silent > config.report_interval * config.suspect_intervals:
+        if silent > config.suspect_after:
             return InstanceState.SUSPECT
         return InstanceState.READY
+
+    @property
+    def drains(self) -> bool:
+        """It takes no requests, and those it has move away."""
+        return self.draining or self.leaving or (self.report is not None and self.report.draining)
 
     @property
     def sequences(self) -> tuple[SequenceLoad, ...]:
@@ -182,7 +289,7 @@ class InstanceLoad:
 
     def find(self, request_id: str) -> SequenceLoad | None:
         """The reported sequence of a request, if any."""
-        return next((s for s in self.sequences if s.request_id == request_id), None)
+        return self._by_id.get(request_id)
 
     def accept(self, report: LoadReport, now: float) -> bool:
         """Take a report; false, and no change, if it is not newer than the last one."""
@@ -193,62 +300,124 @@ class InstanceLoad:
         self.report = report
         self.heard = now
         self.left = False
-        for sequence in report.sequences:
-            self.release(sequence.request_id, sequence.epoch)
+        self.touch()
+        self._staying = None
+        self._by_id = {sequence.request_id: sequence for sequence in report.sequences}
+        for request_id, sequence in self._by_id.items():
+            if request_id in self.charges:
+                self.release(request_id, sequence.epoch)
+        waiting = tuple(s.blocks for s in report.sequences if not s.running)
+        self._reported = Reported(
+            report.free_blocks, len(report.sequences) - len(waiting), waiting, report.preempted
+        )
         return True
+
+    # ---- charges and transfers
 
     def charge(self, sequence: SequenceLoad, now: float) -> None:
         """Count a request that was sent here, unless the last report holds it already."""
         reported = self.find(sequence.request_id)
         if reported is None or reported.epoch < sequence.epoch:
+            self._drop(sequence.request_id)
             self.charges[sequence.request_id] = Charge(sequence, now)
+            self._book.charged.setdefault(sequence.request_id, set()).add(self)
+            self._charged.add(sequence, 1)
+            self.touch()
 
     def release(self, request_id: str, epoch: int) -> None:
         """Forget the charge of a request under ``epoch`` or an older one."""
         charge = self.charges.get(request_id)
         if charge is not None and charge.sequence.epoch <= epoch:
-            del self.charges[request_id]
+            self._drop(request_id)
 
     def expire(self, oldest: float) -> int:
         """Forget charges made before ``oldest``; returns how many."""
         late = [key for key, charge in self.charges.items() if charge.since < oldest]
         for key in late:
-            del self.charges[key]
+            self._drop(key)
         return len(late)
 
-    def view(
-        self,
-        now: float,
-        config: LoadConfig,
-        arriving: tuple[Transfer, ...] = (),
-        leaving: tuple[Transfer, ...] = (),
-    ) -> LoadView:
+    def clear(self) -> None:
+        """Forget all charges."""
+        for request_id in list(self.charges):
+            self._drop(request_id)
+
+    def _drop(self, request_id: str) -> None:
+        charge = self.charges.pop(request_id, None)
+        if charge is not None:
+            where = self._book.charged[request_id]
+            where.discard(self)
+            if not where:
+                del self._book.charged[request_id]
+            self._charged.add(charge.sequence, -1)
+            self.touch()
+
+    def arrives(self, sequence: SequenceLoad, on: bool) -> None:
+        """A request is on its way here, or no longer."""
+        self._mark(self._arriving, sequence, on)
+
+    def goes(self, sequence: SequenceLoad, on: bool) -> None:
+        """A request is on its way from here, or no longer."""
+        self._mark(self._going, sequence, on)
+
+    def _mark(self, marked: dict[str, SequenceLoad], sequence: SequenceLoad, on: bool) -> None:
+        if on:
+            marked[sequence.request_id] = sequence
+        else:
+            marked.pop(sequence.request_id, None)
+        self._staying = None
+        self.touch()
+
+    # ---- views
+
+    def view(self, now: float, config: LoadConfig) -> LoadView:
         """The load at ``now``, with the migrations under way counted as if they were done."""
-        report = self.report
+        state = self.state(now, config)
+        if self._view is None or self._view.state is not state:
+            self._view = self._make_view(state, config)
+        return self._view
+
+    def _make_view(self, state: InstanceState, config: LoadConfig) -> LoadView:
+        report, charged = self.report, self._charged
         total = self.info.total_blocks if report is None else report.total_blocks
         free = total if report is None else report.free_blocks
-        charged = [charge.sequence for charge in self.charges.values()]
-        free -= sum(sequence.blocks for sequence in charged)
+        free -= charged.blocks
+        staying = self._staying or self._sum_staying()
         # What the instance has reserved for arrivals it has taken out of `free` itself.
         reserved = 0 if report is None else report.reserved_blocks
-        free -= max(0, sum(transfer.sequence.blocks for transfer in arriving) - reserved)
-        going = {transfer.sequence.request_id for transfer in leaving}
-        running = [s for s in self.sequences if s.running]
-        stay = [s for s in running if s.request_id not in going]
-        free += sum(s.blocks for s in running if s.request_id in going)
-        interactive = any(
-            s.request_class == RequestClass.INTERACTIVE for s in itertools.chain(stay, charged)
-        )
+        arriving = [s for s in self._arriving.values() if s.request_id not in self._by_id]
+        free += staying.freed - max(0, sum(s.blocks for s in arriving) - reserved)
+        interactive = charged.interactive + staying.interactive
+        reported_role = Role.MIXED if report is None else report.role
         return LoadView(
             info=self.info,
-            state=self.state(now, config),
+            state=state,
             total=total,
             free=free,
             headroom=config.headroom_blocks if interactive else 0,
-            running=len(stay) + len(charged) + len(arriving),
-            waiting=tuple(
-                s.blocks for s in self.sequences if not s.running and s.request_id not in going
-            ),
+            running=staying.running + len(self.charges) + len(arriving),
+            waiting=staying.waiting,
             step_seconds=0.0 if report is None else report.step_seconds,
             last_placed=self.last_placed,
+            role=self.role or reported_role,
+            charged=len(self.charges),
+            backlog=charged.tokens + staying.backlog,
+            prefill_seconds=0.0 if report is None else report.prefill_seconds,
+            reported=self._reported,
         )
+
+    def _sum_staying(self) -> _Staying:
+        running = backlog = interactive = freed = 0
+        waiting = []
+        for sequence in self.sequences:
+            if sequence.request_id in self._going:
+                freed += sequence.blocks if sequence.running else 0
+            elif sequence.running:
+                running += 1
+                interactive += sequence.request_class == RequestClass.INTERACTIVE
+                backlog += sequence.uncomputed if sequence.uncomputed > 1 else 0
+            else:
+                waiting.append(sequence.blocks)
+                backlog += sequence.uncomputed
+        self._staying = _Staying(running, tuple(waiting), backlog, interactive, freed)
+        return self._staying

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from cluster.dispatcher.load import (
+    Book,
     InstanceLoad,
     InstanceState,
     LoadConfig,
     LoadView,
     Transfer,
 )
-from cluster.dispatcher.messages import ClusterView, InstanceView
-from instance.load import InstanceInfo, LoadReport, SequenceLoad
+from cluster.dispatcher.messages import ClusterView, InstanceView, PlaceRequest
+from cluster.dispatcher.table import Candidates, LoadTable
+from instance.load import InstanceInfo, LoadReport, Role, SequenceLoad
 
 
 class Members:
@@ -24,7 +28,7 @@ class Members:
 
     Attributes:
         loads: By instance id; those gone are kept for a while, since they may come back.
-        transfers: Migrations under way, by request id.
+        transfers: Migrations under way, by request id; change them by ``begin`` and ``end``.
         version: Changes whenever membership or an instance's state does.
     """
 
@@ -33,7 +37,10 @@ class Members:
         self.transfers: dict[str, Transfer] = {}
         self.version = version
         self._config = config
-        self._states: dict[str, tuple[str, str]] = {}
+        self._book = Book()
+        self._table = LoadTable(config, self._book)
+        self._states = self._table.states(0.0)
+        self._renewed = False
 
     def join(self, info: InstanceInfo, now: float) -> str:
         """Take an instance in; returns "joined", "restarted" or "known"."""
@@ -42,22 +49,28 @@ class Members:
             load.info = info
             load.heard = now
             load.left = False
+            load.touch()
             return "known"
-        self.loads[info.instance_id] = InstanceLoad(info, now)
-        if load is None:
-            return "joined"
-        self.loads[info.instance_id].draining = load.draining
-        for transfer in list(self.transfers.values()):
-            if info.instance_id in (transfer.source, transfer.destination):
-                del self.transfers[transfer.sequence.request_id]
-        return "restarted"
+        fresh = InstanceLoad(info, now, self._book)
+        if load is not None:
+            load.clear()
+            for transfer in list(self.transfers.values()):
+                if info.instance_id in (transfer.source, transfer.destination):
+                    self.end(transfer.sequence.request_id)
+            fresh.draining, fresh.leaving, fresh.role = load.draining, load.leaving, load.role
+        self.loads[info.instance_id] = fresh
+        self._table.put(info.instance_id, fresh)
+        self._renewed = True
+        return "joined" if load is None else "restarted"
 
     def leave(self, instance_id: str, incarnation: str) -> bool:
         """An instance stops; false if it is not known."""
         if not self.knows(instance_id, incarnation):
             return False
-        self.loads[instance_id].left = True
-        self.loads[instance_id].charges.clear()
+        load = self.loads[instance_id]
+        load.left = True
+        load.clear()
+        load.touch()
         return True
 
     def knows(self, instance_id: str, incarnation: str) -> bool:
@@ -82,15 +95,60 @@ class Members:
         for name, load in list(self.loads.items()):
             expired += load.expire(now - self._config.charge_lifetime)
             if load.state(now, self._config) is InstanceState.GONE:
-                load.charges.clear()
+                load.clear()
                 if now - load.heard > self._config.forget_after:
                     del self.loads[name]
+                    self._table.remove(name)
         return expired
 
     def release(self, request_id: str, epoch: int) -> None:
         """Forget the charges of a request up to ``epoch``."""
-        for load in self.loads.values():
+        for load in list(self._book.charged.get(request_id, ())):
             load.release(request_id, epoch)
+
+    def begin(self, transfer: Transfer) -> None:
+        """A migration was started."""
+        self.transfers[transfer.sequence.request_id] = transfer
+        self._mark(transfer, True)
+
+    def end(self, request_id: str) -> Transfer | None:
+        """A migration is over; None if it was not under way."""
+        transfer = self.transfers.pop(request_id, None)
+        if transfer is not None:
+            self._mark(transfer, False)
+        return transfer
+
+    def _mark(self, transfer: Transfer, on: bool) -> None:
+        if transfer.destination in self.loads:
+            self.loads[transfer.destination].arrives(transfer.sequence, on)
+        if transfer.source in self.loads:
+            self.loads[transfer.source].goes(transfer.sequence, on)
+
+    def set_draining(self, instance_id: str, on: bool) -> None:
+        """An operator wants an instance emptied, or no longer."""
+        self.loads[instance_id].draining = on
+        self.loads[instance_id].touch()
+
+    def set_leaving(self, instance_id: str, on: bool) -> None:
+        """The cluster wants to do without an instance, or keeps it after all."""
+        self.loads[instance_id].leaving = on
+        self.loads[instance_id].touch()
+
+    def set_role(self, instance_id: str, role: Role) -> None:
+        """An operator changes what an instance is for."""
+        self.loads[instance_id].role = role
+        self.loads[instance_id].touch()
+
+    def placed(self, instance_id: str, turn: int) -> None:
+        """The placement with this number was made on an instance."""
+        self.loads[instance_id].last_placed = turn
+        self.loads[instance_id].touch()
+
+    def candidates(
+        self, request: PlaceRequest, now: float, since: float | None = None
+    ) -> Candidates | None:
+        """The instances that may take a request; see ``LoadTable.candidates``."""
+        return self._table.candidates(request, now, since)
 
     def settled(self, instance_id: str) -> bool:
         """Whether its report is younger than its last migration and none is under way."""
@@ -114,14 +172,7 @@ class Members:
 
     def view(self, load: InstanceLoad, now: float) -> LoadView:
         """The load of one instance, transfers under way included."""
-        name = load.info.instance_id
-        transfers = self.transfers.values()
-        return load.view(
-            now,
-            self._config,
-            tuple(t for t in transfers if t.destination == name),
-            tuple(t for t in transfers if t.source == name),
-        )
+        return load.view(now, self._config)
 
     def views(self, now: float) -> list[LoadView]:
         """All loads but those of instances that are gone."""
@@ -143,13 +194,10 @@ class Members:
 
     def update_version(self, now: float) -> None:
         """Count up if membership or a state has changed."""
-        states = {
-            name: (load.info.incarnation, load.state(now, self._config).value)
-            for name, load in self.loads.items()
-            if self._lives(name, now)
-        }
-        if states != self._states:
+        states = self._table.states(now)
+        if self._renewed or not np.array_equal(states, self._states):
             self._states = states
+            self._renewed = False
             self.version += 1
 
     def cluster_view(self, now: float) -> ClusterView:

@@ -84,7 +84,7 @@ class Migrations:
         self._count("migrations_ended", f"{report.reason}/{outcome}", 1)
         self._count("migrated_bytes", report.reason, report.bytes_copied)
         members = self._members
-        transfer = members.transfers.pop(report.request_id, None)
+        transfer = members.end(report.request_id)
         if transfer is None:
             return
         for instance_id in (transfer.source, transfer.destination):
@@ -104,7 +104,7 @@ class Migrations:
         members, config = self._members, self.config
         for request_id, transfer in list(members.transfers.items()):
             if now - transfer.since > self._timeout:
-                del members.transfers[request_id]
+                members.end(request_id)
                 self._count("migrations_ended", f"{transfer.reason}/forgotten", 1)
         self._cooldowns.prune(now, config)
         budget = config.max_in_flight - len(members.transfers)
@@ -124,8 +124,8 @@ class Migrations:
 
     def _start(self, move: Move, now: float) -> StartMigration:
         request_id = move.sequence.request_id
-        self._members.transfers[request_id] = Transfer(
-            move.sequence, move.source, move.destination, move.reason, now
+        self._members.begin(
+            Transfer(move.sequence, move.source, move.destination, move.reason, now)
         )
         self._cooldowns.note(move, now)
         self._count("migrations_started", move.reason, 1)

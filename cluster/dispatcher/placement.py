@@ -1,16 +1,22 @@
 """Placement policies: which instance a request goes to, as functions of the loads.
 
 A policy gets the request, the instances that may take it (never empty) and a source of
-uniform numbers, and returns one of the instances.
+uniform numbers, and returns one of the instances. ``POLICIES`` names those that exist;
+users add their own by file (``cluster/user_policy.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
 
 from cluster.dispatcher.load import LoadView
 from cluster.dispatcher.messages import PlaceRequest
+from cluster.dispatcher.table import Candidates
 
 
 class Uniform(Protocol):
@@ -20,56 +26,110 @@ class Uniform(Protocol):
         """A number in [0, 1)."""
 
 
-PlacementPolicy = Callable[[PlaceRequest, Sequence[LoadView], Uniform], LoadView]
+PlacementPolicy = Callable[[PlaceRequest, Candidates, Uniform], LoadView]
+
+_AFFINITY_OCCUPANCY = 0.9
+"""Share of KV in use beyond which ``prefix`` no longer sends requests after their prefix."""
 
 
-def _occupancy(view: LoadView) -> tuple[float, int, int, str]:
-    """Order by used or promised share of KV; ties by requests, then by turn."""
-    used = view.total - view.free + sum(view.waiting)
-    return used / max(1, view.total), view.num_requests, view.last_placed, view.instance_id
+def freeness(request: PlaceRequest, candidates: Candidates, rng: Uniform) -> LoadView:
+    """The highest freeness (Llumnix, section 4.4) less the cost of the prefix it lacks.
+
+    A block of prompt that must be computed costs what a block of KV does, on an instance
+    of median speed, and more on a slower one.
+    """
+    score = candidates.freeness
+    if candidates.cached.any():
+        missing = candidates.cached.max() - candidates.cached
+        score = score - missing / candidates.speed
+    return candidates.best(score)
 
 
-def freeness(request: PlaceRequest, views: Sequence[LoadView], rng: Uniform) -> LoadView:
-    """The highest freeness (Llumnix, section 4.4); ties by requests, then by turn."""
-    return min(
-        views,
-        key=lambda view: (
-            -view.placement_freeness(),
-            view.num_requests,
-            view.last_placed,
-            view.instance_id,
-        ),
-    )
+def prefix(request: PlaceRequest, candidates: Candidates, rng: Uniform) -> LoadView:
+    """The longest prefix held, among those not nearly full; ties by freeness."""
+    spare = candidates.occupancy < _AFFINITY_OCCUPANCY
+    if spare.any() and not spare.all():
+        candidates = candidates.where(spare)
+    longest = candidates.cached == candidates.cached.max()
+    if not longest.all():
+        candidates = candidates.where(longest)
+    return candidates.best(candidates.freeness)
 
 
-def least_loaded(request: PlaceRequest, views: Sequence[LoadView], rng: Uniform) -> LoadView:
+def least_loaded(request: PlaceRequest, candidates: Candidates, rng: Uniform) -> LoadView:
     """The smallest share of KV blocks used, promised or waited for."""
-    return min(views, key=_occupancy)
+    return candidates.best(-candidates.occupancy)
 
 
-def power_of_two(request: PlaceRequest, views: Sequence[LoadView], rng: Uniform) -> LoadView:
+def power_of_two(request: PlaceRequest, candidates: Candidates, rng: Uniform) -> LoadView:
     """The less loaded of two different instances drawn at random."""
-    first = int(rng.random() * len(views))
-    if len(views) == 1:
-        return views[0]
-    second = (first + 1 + int(rng.random() * (len(views) - 1))) % len(views)
-    return min((views[first], views[second]), key=_occupancy)
+    count = len(candidates)
+    first = int(rng.random() * count)
+    if count == 1:
+        return candidates[0]
+    second = (first + 1 + int(rng.random() * (count - 1))) % count
+    pair = np.zeros(count, np.bool_)
+    pair[[first, second]] = True
+    return least_loaded(request, candidates.where(pair), rng)
 
 
-def round_robin(request: PlaceRequest, views: Sequence[LoadView], rng: Uniform) -> LoadView:
+def round_robin(request: PlaceRequest, candidates: Candidates, rng: Uniform) -> LoadView:
     """The instance whose last placement is longest ago."""
-    return min(views, key=lambda view: (view.last_placed, view.instance_id))
+    return candidates[int(candidates.last_placed.argmin())]
 
 
-def random(request: PlaceRequest, views: Sequence[LoadView], rng: Uniform) -> LoadView:
+def random(request: PlaceRequest, candidates: Candidates, rng: Uniform) -> LoadView:
     """Any instance, with equal chances."""
-    return views[int(rng.random() * len(views))]
+    return candidates[int(rng.random() * len(candidates))]
 
 
-POLICIES: dict[str, PlacementPolicy] = {
-    "freeness": freeness,
-    "least_loaded": least_loaded,
-    "power_of_two": power_of_two,
-    "round_robin": round_robin,
-    "random": random,
+def llumnix(request: PlaceRequest, candidates: Candidates, rng: Uniform) -> LoadView:
+    """Llumnix's dispatch as it was released (v0.1.0): most remaining steps.
+
+    Free blocks less the demand of all that wait, per request that runs or waits, of the
+    loads as last reported: what was dispatched since is not seen.
+    """
+
+    def remaining_steps(view: LoadView) -> float:
+        free, running, waiting, _ = view.reported
+        count = running + len(waiting)
+        return (free - sum(waiting)) / count if count else math.inf
+
+    return max(candidates, key=remaining_steps)
+
+
+def infaas(request: PlaceRequest, candidates: Candidates, rng: Uniform) -> LoadView:
+    """INFaaS++, Llumnix's baseline: least memory used or waited for, as last reported."""
+
+    def usage(view: LoadView) -> float:
+        return (view.total - view.reported.free + sum(view.reported.waiting)) / max(1, view.total)
+
+    return min(candidates, key=usage)
+
+
+@dataclass(frozen=True, slots=True)
+class NamedPolicy:
+    """A placement policy and what goes with it.
+
+    Attributes:
+        choose: The policy.
+        late_binding: Requests wait in the dispatcher while no instance has room.
+        rebalancing: Rules by which running requests move: "gain" (the project's),
+            "llumnix", or "off". Draining moves them in any case.
+    """
+
+    choose: PlacementPolicy
+    late_binding: bool = True
+    rebalancing: str = "gain"
+
+
+POLICIES: dict[str, NamedPolicy] = {
+    "freeness": NamedPolicy(freeness),
+    "prefix": NamedPolicy(prefix),
+    "least_loaded": NamedPolicy(least_loaded),
+    "power_of_two": NamedPolicy(power_of_two),
+    "round_robin": NamedPolicy(round_robin),
+    "random": NamedPolicy(random),
+    "llumnix": NamedPolicy(llumnix, late_binding=False, rebalancing="llumnix"),
+    "infaas": NamedPolicy(infaas, late_binding=False, rebalancing="off"),
 }

@@ -1,0 +1,268 @@
+"""Loads of all instances as columns, so that a decision costs a few array operations.
+
+A placement changes one instance's load. Its row is written anew when the next decision
+needs it, and policies compare columns instead of walking over instances.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.dispatcher.load import Book, InstanceLoad, InstanceState, LoadConfig, LoadView
+from cluster.dispatcher.messages import PlaceRequest
+from instance.load import Role
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+STATES = (
+    InstanceState.GONE,
+    InstanceState.READY,
+    InstanceState.SUSPECT,
+    InstanceState.DRAINING,
+)
+_GONE, _READY, _SUSPECT, _DRAINING = range(4)
+_ALIKE = 1.25
+"""Instances whose measured speeds differ by less than this factor count as equally fast."""
+_STALE_WEIGHT = 0.5
+"""What is left of a freeness whose report is about to make its instance suspect."""
+
+
+class LoadTable:
+    """One row per instance; a row's number is kept as long as its instance is known.
+
+    Args:
+        config: How long reports are trusted.
+        book: Tells which loads changed.
+    """
+
+    def __init__(self, config: LoadConfig, book: Book) -> None:
+        self._config = config
+        self._book = book
+        self.rows: dict[str, int] = {}
+        self._loads: list[InstanceLoad | None] = []
+        self._vacant: list[int] = []
+        self._models: dict[str, int] = {}
+        size = 16
+        self.heard = np.full(size, -math.inf)
+        self.alive = np.zeros(size, np.bool_)
+        self.draining = np.zeros(size, np.bool_)
+        self.prompts = np.zeros(size, np.bool_)
+        self.model = np.zeros(size, np.int64)
+        self.capacity = np.zeros(size, np.int64)
+        self.freeness = np.zeros(size)
+        self.occupancy = np.zeros(size)
+        self.requests = np.zeros(size, np.int64)
+        self.turn = np.zeros(size, np.int64)
+        self.pace = np.zeros(size)
+        self._speed: Floats | None = None
+
+    def put(self, name: str, load: InstanceLoad) -> None:
+        """Add an instance, or replace the load of one that has a row."""
+        row = self.rows.get(name)
+        if row is None:
+            row = self._vacant.pop() if self._vacant else len(self._loads)
+            if row == len(self._loads):
+                self._loads.append(None)
+            if row == len(self.heard):
+                self._grow()
+            self.rows[name] = row
+        self._loads[row] = load
+        load.touch()
+
+    def remove(self, name: str) -> None:
+        """Forget an instance; its row may be another's next."""
+        row = self.rows.pop(name)
+        self._loads[row] = None
+        self.alive[row] = False
+        self.heard[row] = -math.inf
+        self._vacant.append(row)
+
+    def load(self, row: int) -> InstanceLoad:
+        """The instance in a row that is in use."""
+        load = self._loads[row]
+        if load is None:
+            raise KeyError(row)
+        return load
+
+    def _grow(self) -> None:
+        for name, column in vars(self).items():
+            if isinstance(column, np.ndarray):
+                more = np.zeros_like(column)
+                setattr(self, name, np.concatenate((column, more)))
+        self._speed = None
+
+    def refresh(self, now: float) -> None:
+        """Write the rows of the loads that changed."""
+        changed = self._book.changed
+        while changed:
+            load = changed.pop()
+            row = self.rows.get(load.info.instance_id)
+            if row is not None and self._loads[row] is load:
+                self._write(row, load, now)
+
+    def _write(self, row: int, load: InstanceLoad, now: float) -> None:
+        view = load.view(now, self._config)
+        self.heard[row] = load.heard
+        self.alive[row] = not load.left
+        self.draining[row] = load.drains
+        self.prompts[row] = view.role is not Role.DECODE
+        model = view.info.model
+        self.model[row] = self._models.setdefault(model.name, len(self._models))
+        self.capacity[row] = view.total * model.block_size
+        self.freeness[row] = view.placement_freeness()
+        self.occupancy[row] = view.occupancy
+        self.requests[row] = view.num_requests
+        self.turn[row] = view.last_placed
+        if self.pace[row] != view.prefill_seconds:
+            self.pace[row] = view.prefill_seconds
+            self._speed = None
+
+    def states(self, now: float) -> NDArray[np.int8]:
+        """Per row the index in ``STATES``; of a vacant row GONE."""
+        self.refresh(now)
+        silent = now - self.heard
+        return np.where(
+            ~self.alive | (silent > self._config.gone_after),
+            np.int8(_GONE),
+            np.where(
+                self.draining,
+                np.int8(_DRAINING),
+                np.where(silent > self._config.suspect_after, np.int8(_SUSPECT), np.int8(_READY)),
+            ),
+        )
+
+    def speed(self) -> Floats:
+        """Per row the speed of prefill relative to the median instance; 1 where unknown."""
+        if self._speed is None:
+            known = self.alive & (self.pace > 0)
+            speed = np.ones(len(self.pace))
+            if known.any():
+                speed[known] = np.median(self.pace[known]) / self.pace[known]
+                speed[(speed < _ALIKE) & (speed > 1 / _ALIKE)] = 1.0
+            self._speed = speed
+        return self._speed
+
+    def candidates(
+        self, request: PlaceRequest, now: float, since: float | None = None
+    ) -> Candidates | None:
+        """The instances that may take a request, or None if none may now.
+
+        An instance to avoid is taken only if it has been heard of after ``since``: then it
+        lives. A suspect instance is better than none, and so is one of another model, one
+        too small, and one that is there for decoding.
+        """
+        self.refresh(now)
+        silent = now - self.heard
+        usable = self.alive & ~self.draining & (silent <= self._config.gone_after)
+        avoided = [self.rows[name] for name in request.avoid if name in self.rows]
+        for row in avoided:
+            if since is None or self.heard[row] <= since:
+                usable[row] = False
+        preferences = [
+            silent <= self._config.suspect_after,
+            self.prompts,
+            self.model == self._models.get(request.model, -1),
+            self.capacity > request.num_tokens,
+        ]
+        if avoided:
+            other = np.ones(len(usable), np.bool_)
+            other[avoided] = False
+            preferences.append(other)
+        if not usable.any():
+            return None
+        for preferred in preferences:
+            kept = usable & preferred
+            if kept.any():
+                usable = kept
+        return Candidates(self, np.flatnonzero(usable), now)
+
+
+class Candidates(Sequence[LoadView]):
+    """Instances that a policy may choose from, as views and as columns in the same order.
+
+    Attributes:
+        rows: [n] their rows in the table.
+        cached: [n] leading blocks of the prompt that each holds already.
+    """
+
+    def __init__(
+        self, table: LoadTable, rows: NDArray[np.intp], now: float, cached: Ints | None = None
+    ) -> None:
+        self.rows = rows
+        self.cached = np.zeros(len(rows), np.int64) if cached is None else cached
+        self._table = table
+        self._now = now
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> LoadView: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[LoadView]: ...
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._view(row) for row in self.rows[index]]
+        return self._view(self.rows[index])
+
+    def __iter__(self) -> Iterator[LoadView]:
+        return (self._view(row) for row in self.rows)
+
+    def _view(self, row: int) -> LoadView:
+        return self._table.load(row).view(self._now, self._table._config)
+
+    def where(self, keep: Bools) -> Candidates:
+        """Those for which ``keep`` [n] is true."""
+        return Candidates(self._table, self.rows[keep], self._now, self.cached[keep])
+
+    @property
+    def freeness(self) -> Floats:
+        """[n] placement freeness, times speed, less what a late report no longer proves.
+
+        On an instance twice as fast room for a block is worth two, since it is used and
+        given back in half the time; a shortage weighs half as much.
+        """
+        table = self._table
+        free = table.freeness[self.rows]
+        speed = table.speed()[self.rows]
+        if (speed != 1.0).any():
+            free = np.where(free > 0, free * speed, free / speed)
+        config = table._config
+        late = self._now - table.heard[self.rows] - config.report_interval
+        if late.max() > 0:
+            span = max(config.suspect_after - config.report_interval, 1e-9)
+            weight = 1 - (1 - _STALE_WEIGHT) * np.clip(late / span, 0, 1)
+            free = np.where(free > 0, free * weight, free)
+        return free
+
+    @property
+    def speed(self) -> Floats:
+        """[n] speed of prefill relative to the median instance; 1 where unknown."""
+        return self._table.speed()[self.rows]
+
+    @property
+    def occupancy(self) -> Floats:
+        """[n] share of KV blocks used, promised or waited for."""
+        return self._table.occupancy[self.rows]
+
+    @property
+    def last_placed(self) -> Ints:
+        """[n] number of the last placement made on each."""
+        return self._table.turn[self.rows]
+
+    def best(self, score: Floats) -> LoadView:
+        """The one of highest ``score`` [n]; ties by fewest requests, then by turn."""
+        at = np.flatnonzero(score == score.max())
+        for column in (self._table.requests, self._table.turn):
+            if len(at) == 1:
+                break
+            tied = column[self.rows[at]]
+            at = at[tied == tied.min()]
+        return self[int(at[0])]
