@@ -8,7 +8,8 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from instance.executor import ModelDescription
-from instance.request import RequestClass, Sequence, SequenceStatus
+from instance.leases import ServiceReport
+from instance.request import Account, RequestClass, Sequence, SequenceStatus
 from instance.scheduler import Scheduler
 
 
@@ -43,6 +44,7 @@ class SequenceLoad:
         blocks: KV blocks held (running) or wanted for the prompt (waiting).
         num_tokens: Tokens known.
         migrating: Takes part in a migration already.
+        paused: In the batch, but its prefill stands still for a tenant further behind.
         uncomputed: Known tokens whose KV is not there yet; 1 for one that decodes.
     """
 
@@ -56,6 +58,17 @@ class SequenceLoad:
     num_tokens: int
     migrating: bool = False
     uncomputed: int = 0
+    paused: bool = False
+
+    @property
+    def account(self) -> Account:
+        """Who is charged."""
+        return self.tenant, self.request_class
+
+    @property
+    def waits(self) -> bool:
+        """Whether it counts as waiting, for fairness: queued, swapped out or paused."""
+        return not self.running or self.paused
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +85,7 @@ class LoadReport:
         step_seconds: Median duration of recent steps; 0 before the first.
         sequences: Running first, then waiting in queue order.
         figures: For ``/metrics``.
+        service: What was charged to tenants; None where no ledger is kept.
         prefill_seconds: Measured seconds that a prompt token adds to a step; 0 if unknown.
         preempted: Waiting sequences that were in the batch before.
         role: What the instance is for at present.
@@ -92,6 +106,7 @@ class LoadReport:
     prefill_seconds: float = 0.0
     preempted: int = 0
     role: Role = Role.MIXED
+    service: ServiceReport | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +186,7 @@ def build_report(
     figures: tuple[Figure, ...] = (),
     prefill_seconds: float = 0.0,
     role: Role = Role.MIXED,
+    service: ServiceReport | None = None,
 ) -> LoadReport:
     """The state of an instance now; the server and the simulator report with it."""
     block_size = scheduler.pool.block_size
@@ -214,4 +230,5 @@ def build_report(
         prefill_seconds=prefill_seconds,
         preempted=sum(1 for sequence in scheduler.waiting if sequence.num_preemptions),
         role=role,
+        service=service,
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from instance.load import InstanceInfo
-from instance.request import RequestClass
+from instance.request import Account, RequestClass
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +21,7 @@ class PlaceRequest:
         num_tokens: Prompt tokens, and for a replay the emitted ones too.
         max_tokens: Output tokens at most.
         avoid: Instances that the gateway saw failing for this request.
+        time_left: Seconds until nobody wants the answer any more.
     """
 
     request_id: str
@@ -30,6 +34,12 @@ class PlaceRequest:
     arrival: float
     model: str = ""
     avoid: tuple[str, ...] = ()
+    time_left: float = math.inf
+
+    @property
+    def account(self) -> Account:
+        """Who is charged."""
+        return self.tenant, self.request_class
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +57,7 @@ class Refusal:
     """The request cannot run now.
 
     Attributes:
-        status: HTTP status that fits: 429, 503 or 404.
+        status: HTTP status that fits: 403, 404, 408, 429 or 503.
         reason: For people.
         retry_after: Seconds.
     """
@@ -81,7 +91,13 @@ class InstanceView:
 
 @dataclass(frozen=True, slots=True)
 class ClusterView:
-    """Membership and load at one version; gateways place by it while the dispatcher is away."""
+    """Membership and load at one version; gateways place by it while the dispatcher is away.
+
+    Attributes:
+        overrides: Operators' settings as ``Overrides.export`` gives them; a gateway returns
+            them to a dispatcher that was restarted.
+    """
 
     version: int
     instances: tuple[InstanceView, ...] = field(default_factory=tuple)
+    overrides: Mapping[str, Any] = field(default_factory=dict)

@@ -26,6 +26,7 @@ INSTANCE_CORES = (
     "instance/executor.py",
     "instance/load.py",
     "instance/fairness.py",
+    "instance/leases.py",
     "instance/draft.py",
     "instance/limits.py",
     "instance/scheduler.py",
@@ -43,7 +44,18 @@ SHELLS = {"copier.py", "actor.py", "sources.py", "store.py", "__init__.py"}
 PURE = {
     *("__future__", "abc", "array", "bisect", "collections", "contextlib", "copy", "csv"),
     *("dataclasses", "enum", "fractions", "functools", "hashlib", "heapq", "itertools", "json"),
-    *("math", "numbers", "numpy", "operator", "re", "statistics", "string", "struct", "types", "typing"),
+    *(
+        "math",
+        "numbers",
+        "numpy",
+        "operator",
+        "re",
+        "statistics",
+        "string",
+        "struct",
+        "types",
+        "typing",
+    ),
 }
 """Packages a core may import: none does I/O, and none knows a clock, a thread or chance."""
 IMPURE_CALLS = {"open", "print", "input", "exec", "eval", "__import__"}

@@ -1,0 +1,526 @@
+"""The cluster's ledger: which tenant has received how much service.
+
+One counter per account (a tenant within a priority class): service divided by the tenant's
+weight, plus lifts (Virtual Token Counter, Sheng et al., OSDI '24, which knows one server).
+Instances charge as they work and report cumulative sums, so each message may be lost,
+doubled or overtaken. What an instance charged and never reported is known, up to what was on
+its way, by the gateways that got its tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from instance.leases import AccountState, LedgerUpdate, ServiceReport
+from instance.request import Account, RequestClass
+
+
+class Source(NamedTuple):
+    """Who gives service: one incarnation of an instance."""
+
+    instance_id: str
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True)
+class TenantPolicy:
+    """What a tenant may have.
+
+    Attributes:
+        weight: Share of service relative to other tenants, above 0.
+        max_queued: Requests that wait in the dispatcher at most; None: the cluster's limit.
+        classes: Priority classes that the tenant may use.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    weight: float = 1.0
+    max_queued: int | None = None
+    classes: tuple[RequestClass, ...] = tuple(RequestClass)
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.weight < math.inf:
+            raise ValueError(f"weight {self.weight} is not a finite number above 0")
+        if self.max_queued is not None and self.max_queued < 0:
+            raise ValueError(f"max_queued {self.max_queued} is less than 0")
+        if not self.classes:
+            raise ValueError("a tenant needs at least one class")
+
+
+class Gap(NamedTuple):
+    """How far apart the waiting tenants of a class are.
+
+    Attributes:
+        gap: Greatest less least counter of the accounts that wait.
+        bound: What the gap may not exceed (G).
+        tenants: Number of accounts that wait.
+    """
+
+    gap: float
+    bound: float
+    tenants: int
+
+
+@dataclass(slots=True)
+class AccountBook:
+    """One account.
+
+    Attributes:
+        counter: Service by weight, with lifts; never decreases.
+        service: What was charged in this life of the ledger, and before as far as restored.
+        lifted: Sum of its lifts, by weight.
+        changed: Version of the ledger at which it changed last.
+        waiting: Ids of its requests that wait anywhere in the cluster.
+        idle_since: When it was charged or waited last.
+    """
+
+    counter: float = 0.0
+    service: float = 0.0
+    lifted: float = 0.0
+    changed: int = 0
+    waiting: set[str] = field(default_factory=set)
+    idle_since: float = 0.0
+
+
+@dataclass(slots=True)
+class _Given:
+    """Service that one source gave.
+
+    Attributes:
+        applied: Sums that the counters contain; before the first report, those that the
+            restored counters contained.
+        reported: Its own sums.
+        homes: What gateways got from it, by gateway.
+        known: Version of the ledger that it last said to have.
+        ready: The counters it works with are in the ledger, so it may be sent another.
+        ended: When it was found gone; None while it lives.
+    """
+
+    applied: dict[Account, float] = field(default_factory=dict)
+    reported: dict[Account, float] = field(default_factory=dict)
+    homes: dict[str, dict[Account, float]] = field(default_factory=dict)
+    system: int = 0
+    theta: float = 0.0
+    increment: float = 0.0
+    known: int = 0
+    ready: bool = False
+    ended: float | None = None
+
+
+class FairnessLedger:
+    """Counters of all tenants, their waiting sets, and what each instance has reported.
+
+    Args:
+        version: First version; must exceed those of earlier lives.
+        tenants: Policies by tenant.
+        default: Policy of tenants not named there.
+
+    Attributes:
+        version: Grows with every change.
+        accounts: Books by account.
+        tenants: Policies by tenant; change them by ``set_tenant``.
+        system: Positions computed again, which no tenant pays for.
+        lease_reports: Reports that came because a lease was used up.
+    """
+
+    def __init__(
+        self,
+        version: int = 1,
+        tenants: Mapping[str, TenantPolicy] | None = None,
+        default: TenantPolicy | None = None,
+    ) -> None:
+        self.version = version
+        self.accounts: dict[Account, AccountBook] = {}
+        self.tenants = dict(tenants or {})
+        self.default = default or TenantPolicy()
+        self.system = 0
+        self.lease_reports = 0
+        self._first = version
+        self._base = 0
+        self._given: dict[Source, _Given] = {}
+        self._last_waited: dict[RequestClass, Account] = {}
+
+    # ---- tenants
+
+    def policy(self, tenant: str) -> TenantPolicy:
+        """What a tenant may have."""
+        return self.tenants.get(tenant, self.default)
+
+    def set_tenant(self, tenant: str, policy: TenantPolicy) -> None:
+        """Change a tenant's policy; service received before keeps its worth."""
+        self.tenants[tenant] = policy
+        for account, book in self.accounts.items():
+            if account[0] == tenant:
+                self._touch(book)
+
+    def counter(self, account: Account) -> float:
+        """Service by weight; 0 for an account never heard of."""
+        book = self.accounts.get(account)
+        return 0.0 if book is None else book.counter
+
+    # ---- waiting
+
+    def begin_waiting(self, account: Account, request_id: str, now: float) -> None:
+        """A request waits; the first one of an account lifts it.
+
+        The lift is to the least counter of the other accounts of the class that wait, or,
+        where none waits, to that of the one that waited last. What the tenant still runs does
+        not matter: lifting only a tenant that runs nothing breaks the bound.
+        """
+        book = self._book(account, now)
+        if request_id in book.waiting:
+            return
+        if not book.waiting:
+            self._lift(account, book)
+            self._touch(book)
+        book.waiting.add(request_id)
+        book.idle_since = now
+
+    def end_waiting(self, account: Account, request_id: str, now: float) -> None:
+        """A request runs, or has ended."""
+        book = self.accounts.get(account)
+        if book is None or request_id not in book.waiting:
+            return
+        book.waiting.remove(request_id)
+        book.idle_since = now
+        if not book.waiting:
+            self._last_waited[account[1]] = account
+            self._touch(book)
+
+    def waiting(self, request_class: RequestClass) -> list[Account]:
+        """The accounts of a class that wait."""
+        return [
+            account
+            for account, book in self.accounts.items()
+            if account[1] == request_class and book.waiting
+        ]
+
+    def _lift(self, account: Account, book: AccountBook) -> None:
+        level = self._level(account)
+        if level > book.counter:
+            book.lifted += level - book.counter
+            book.counter = level
+
+    def _level(self, account: Account) -> float:
+        request_class = account[1]
+        others = [self.counter(one) for one in self.waiting(request_class) if one != account]
+        if others:
+            return min(others)
+        last = self._last_waited.get(request_class)
+        return -math.inf if last is None else self.counter(last)
+
+    # ---- service
+
+    def report(self, source: Source, report: ServiceReport, now: float) -> bool:
+        """Take what an instance reports, in any order and any number of times.
+
+        Returns:
+            Whether the source's copy of the ledger is wanted: it works with one that this
+            ledger does not come from, so that its service cannot be told apart yet.
+        """
+        given = self._given.setdefault(source, _Given())
+        self.lease_reports += report.leased
+        # The sums only grow, so of several reports the greatest is the newest.
+        for account, charged in report.charged:
+            given.reported[account] = max(charged, given.reported.get(account, 0.0))
+        self.system += max(0, report.system - given.system)
+        given.system = max(given.system, report.system)
+        given.known = max(given.known, report.ledger)
+        given.theta, given.increment = report.theta, report.increment
+        if not given.ready and not 0 < report.ledger < self._first:
+            given.ready = True
+        if not given.ready:
+            return True
+        self._apply(given, now)
+        return False
+
+    def homes_report(
+        self, gateway: str, source: Source, charged: Iterable[tuple[Account, float]], now: float
+    ) -> None:
+        """A gateway lost its stream to ``source``; ``charged`` is the service it got from it.
+
+        The sum over gateways stands for what the source charged if that is more than it has
+        reported: nothing, where it still lives and reports.
+        """
+        given = self._given.get(source)
+        if given is None or not given.ready:
+            return  # what of it the counters contain cannot be told any more
+        sums = given.homes.setdefault(gateway, {})
+        for account, service in charged:
+            sums[account] = max(service, sums.get(account, 0.0))
+        self._apply(given, now)
+
+    def _apply(self, given: _Given, now: float) -> None:
+        totals = dict(given.reported)
+        seen: dict[Account, float] = {}
+        for sums in given.homes.values():
+            for account, service in sums.items():
+                seen[account] = seen.get(account, 0.0) + service
+        for account, service in seen.items():
+            totals[account] = max(service, totals.get(account, 0.0))
+        for account, total in totals.items():
+            new = total - given.applied.get(account, 0.0)
+            if new > 0.0:
+                given.applied[account] = total
+                book = self._book(account, now)
+                book.service += new
+                book.counter += new / self.policy(account[0]).weight
+                book.idle_since = now
+                self._touch(book)
+
+    def ended(self, source: Source, now: float) -> None:
+        """An incarnation is gone: it gives no more service, but late reports still count."""
+        given = self._given.get(source)
+        if given is not None and given.ended is None:
+            given.ended = now
+
+    def expire(self, now: float, lifetime: float) -> None:
+        """Forget sources and accounts that ended or did nothing ``lifetime`` seconds ago."""
+        for source, given in list(self._given.items()):
+            if given.ended is not None and now - given.ended > lifetime:
+                del self._given[source]
+        last = set(self._last_waited.values())
+        for account, book in list(self.accounts.items()):
+            if not book.waiting and now - book.idle_since > lifetime and account not in last:
+                del self.accounts[account]
+
+    # ---- what instances and gateways are sent
+
+    def update_for(self, source: Source) -> LedgerUpdate | None:
+        """What a source lacks; None if nothing, or while its own copy is awaited."""
+        given = self._given.get(source)
+        if given is None or not given.ready:
+            return None
+        since = given.known if given.known >= self._first else 0
+        if since == self.version:
+            return None
+        return self._update(since, given.applied)
+
+    def snapshot(self) -> LedgerUpdate:
+        """The whole ledger, for gateways to keep."""
+        return self._update(0, {})
+
+    def _update(self, since: int, applied: Mapping[Account, float]) -> LedgerUpdate:
+        return LedgerUpdate(
+            version=self.version,
+            since=since,
+            lease=self.lease(),
+            accounts=tuple(
+                AccountState(
+                    account,
+                    book.counter,
+                    bool(book.waiting),
+                    self.policy(account[0]).weight,
+                    applied.get(account, 0.0),
+                )
+                for account, book in self.accounts.items()
+                if book.changed > since
+            ),
+            last_waited=tuple(self._last_waited.values()),
+        )
+
+    # ---- what waiting tenants are promised
+
+    def lease(self) -> float:
+        """Service by weight that an instance may charge per account unreported (L).
+
+        Chosen so that what all others hide from one instance is at most its theta.
+        """
+        live = self._live()
+        theta = max((given.theta for given in live), default=0.0)
+        return theta / max(1, len(live) - 1) if live else math.inf
+
+    def bound(self, request_class: RequestClass) -> float:
+        """How far apart the counters of waiting accounts may be (G).
+
+        theta + R + (K-1)(L + inc) + K*inc: preemption sets in at theta; each of the other
+        instances hides a lease and a step; each gives one step before it looks again; and as
+        much again as one instance hides goes to the run-ahead (R), until the dispatcher
+        hears that a tenant is far enough ahead for another to preempt it.
+        """
+        live = self._live()
+        weights = [self.policy(tenant).weight for tenant, _ in self.waiting(request_class)]
+        least = min(weights, default=1.0)
+        steps = [given.increment / least for given in live]
+        theta = max((given.theta for given in live), default=0.0)
+        most = max(steps, default=0.0)
+        hidden = (len(live) - 1) * self.lease() + sum(steps) - most if len(live) > 1 else 0.0
+        run_ahead = (self.lease() if live else 0.0) + most
+        return theta + run_ahead + hidden + sum(steps)
+
+    def gap(self, request_class: RequestClass) -> Gap:
+        """How far apart the waiting accounts of a class are, and may be."""
+        counters = [self.counter(account) for account in self.waiting(request_class)]
+        gap = max(counters) - min(counters) if counters else 0.0
+        return Gap(gap, self.bound(request_class), len(counters))
+
+    def knows(self, source: Source) -> bool:
+        """Whether the source has reported and is not forgotten."""
+        return source in self._given
+
+    def theta(self, source: Source) -> float:
+        """The theta that a source reported last; infinite before its first report."""
+        given = self._given.get(source)
+        return math.inf if given is None else given.theta
+
+    def _live(self) -> list[_Given]:
+        return [
+            given for given in self._given.values() if given.ended is None and given.increment > 0
+        ]
+
+    # ---- a new life
+
+    def take_copy(self, copy: LedgerUpdate, source: Source | None, now: float) -> None:
+        """A ledger of an earlier life comes back, from an instance or (None) a gateway.
+
+        The newest is what the counters are based on. Of the service that ``source`` reports,
+        its own copy says how much earlier lives had counted. A copy of this life is no news.
+        """
+        if copy.version >= self._first:
+            return
+        if copy.version > self._base:
+            self._rebase(copy, now)
+        if source is None:
+            return
+        given = self._given.setdefault(source, _Given())
+        if given.ready:
+            return
+        given.ready = True
+        for state in copy.accounts:
+            known = given.applied.get(state.account, 0.0)
+            given.applied[state.account] = max(known, state.applied)
+        self._apply(given, now)
+
+    def _rebase(self, copy: LedgerUpdate, now: float) -> None:
+        """Base the counters on an earlier ledger, and keep what was charged on top of it."""
+        self._base = copy.version
+        named = set()
+        for state in copy.accounts:
+            book = self._book(state.account, now)
+            added = book.service / self.policy(state.account[0]).weight
+            book.counter = max(book.counter, state.counter + added)
+            named.add(state.account)
+            self._touch(book)
+        for account in copy.last_waited:
+            self._last_waited.setdefault(account[1], account)
+        # Accounts that came up meanwhile have begun at 0, far behind those of the copy.
+        for account, book in self.accounts.items():
+            peers = [
+                self.accounts[one].counter
+                for one in named
+                if one[1] == account[1] and self.accounts[one].waiting
+            ]
+            last = self._last_waited.get(account[1])
+            level = min(peers) if peers else 0.0 if last is None else self.counter(last)
+            if account not in named and level > book.counter:
+                book.lifted += level - book.counter
+                book.counter = level
+                self._touch(book)
+
+    def export_state(self) -> dict[str, Any]:
+        """Everything to be kept over a restart, ready for JSON."""
+        return {
+            "version": self.version,
+            "tenants": {name: policy_to_json(policy) for name, policy in self.tenants.items()},
+            "accounts": [
+                [tenant, request_class.name.lower(), book.counter]
+                for (tenant, request_class), book in self.accounts.items()
+            ],
+            "last_waited": [
+                [tenant, cls.name.lower()] for tenant, cls in self._last_waited.values()
+            ],
+            "applied": [
+                [*source, tenant, request_class.name.lower(), applied]
+                for source, given in self._given.items()
+                for (tenant, request_class), applied in given.applied.items()
+            ],
+        }
+
+    def restore_state(self, state: Mapping[str, Any], now: float) -> None:
+        """Begin with the state of an earlier life; older than what is known, it is ignored.
+
+        Tenants that were changed at run time come back with it.
+
+        Raises:
+            ValueError, KeyError, TypeError: It is not what ``export_state`` returns.
+        """
+        version = int(state["version"])
+        copy = LedgerUpdate(
+            version=version,
+            since=0,
+            lease=math.inf,
+            accounts=tuple(
+                AccountState((tenant, RequestClass[name.upper()]), float(counter), False, 1.0)
+                for tenant, name, counter in state["accounts"]
+            ),
+            last_waited=tuple(
+                (tenant, RequestClass[name.upper()]) for tenant, name in state["last_waited"]
+            ),
+        )
+        policies = {
+            name: policy_from_json(fields, self.policy(name))
+            for name, fields in state["tenants"].items()
+        }
+        if not self._base < version < self._first:
+            return
+        for name, policy in policies.items():
+            self.set_tenant(name, policy)
+        for instance_id, incarnation, tenant, name, applied in state["applied"]:
+            given = self._given.setdefault(Source(instance_id, incarnation), _Given())
+            account = tenant, RequestClass[name.upper()]
+            given.applied[account] = max(float(applied), given.applied.get(account, 0.0))
+        self._rebase(copy, now)
+
+    # ----
+
+    def _book(self, account: Account, now: float) -> AccountBook:
+        book = self.accounts.get(account)
+        if book is None:
+            book = self.accounts[account] = AccountBook(idle_since=now)
+        return book
+
+    def _touch(self, book: AccountBook) -> None:
+        self.version += 1
+        book.changed = self.version
+
+
+def policy_to_json(policy: TenantPolicy) -> dict[str, Any]:
+    """A policy as the tenants file and the admin API write it."""
+    return {
+        "weight": policy.weight,
+        "max_queued": policy.max_queued,
+        "classes": [one.name.lower() for one in policy.classes],
+    }
+
+
+def policy_from_json(fields: Mapping[str, Any], base: TenantPolicy) -> TenantPolicy:
+    """``base`` with the fields given.
+
+    Raises:
+        ValueError: A field is unknown, or its value is; the text says which.
+    """
+    unknown = set(fields) - {"weight", "max_queued", "classes"}
+    if unknown:
+        raise ValueError(f"unknown field {min(unknown)!r}; known: weight, max_queued, classes")
+    policy = base
+    if "weight" in fields:
+        weight = fields["weight"]
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise ValueError(f"weight {weight!r} is not a number")
+        policy = replace(policy, weight=float(weight))
+    if "max_queued" in fields:
+        most = fields["max_queued"]
+        if most is not None and (isinstance(most, bool) or not isinstance(most, int)):
+            raise ValueError(f"max_queued {most!r} is not a whole number")
+        policy = replace(policy, max_queued=most)
+    if "classes" in fields:
+        names = fields["classes"]
+        known = {one.name.lower(): one for one in RequestClass}
+        if not isinstance(names, list) or not all(name in known for name in names):
+            raise ValueError(f"classes {names!r} is not a list of {', '.join(known)}")
+        policy = replace(policy, classes=tuple(sorted({known[name] for name in names})))
+    return policy
