@@ -1,8 +1,8 @@
 """The dispatcher as an actor: serialises events, executes actions.
 
-Runs as a named, detached Ray actor that restarts by itself. It keeps nothing on disk:
-after a restart the instances' reports bring everything back, and until then gateways
-place by the last view they were sent.
+Runs as a named, detached Ray actor that restarts by itself. After a restart the instances'
+reports and the gateways' last views bring its state back, and so does Redis, if it was named;
+until then gateways place by the last view they were sent.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import asyncio
 import dataclasses
 import functools
 import logging
-import math
 import random
 import time
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 
 from cluster.config import ClusterRef
+from cluster.dispatcher import status
 from cluster.dispatcher.core import Dispatcher, DispatcherConfig
 from cluster.dispatcher.events import (
     Action,
@@ -43,11 +44,11 @@ from cluster.dispatcher.events import (
 from cluster.dispatcher.figures import figures, instance_figures
 from cluster.dispatcher.messages import (
     ClusterView,
-    InstanceView,
     Placement,
     PlaceRequest,
     Refusal,
 )
+from cluster.dispatcher.store import RedisStore, StateKeeper
 from instance.load import Figure, InstanceInfo, LoadReport, MigrationReport
 
 logger = logging.getLogger(__name__)
@@ -80,12 +81,14 @@ class DispatcherActor:
     Args:
         config: Settings.
         cluster: Where the instances' actors are found.
+        redis_url: Where the state is kept; "" keeps it in memory only.
     """
 
-    def __init__(self, config: DispatcherConfig, cluster: ClusterRef) -> None:
+    def __init__(self, config: DispatcherConfig, cluster: ClusterRef, redis_url: str = "") -> None:
         # Versions grow across restarts, so that a gateway never takes an old view for new.
         version = time.time_ns() // 1_000_000
         self._core = Dispatcher(config, random.Random(), version)
+        self._version = version
         self._cluster = cluster
         self._answers: dict[tuple[str, int], asyncio.Future[Answer]] = {}
         self._moves: dict[str, list[asyncio.Future[MigrationReport]]] = {}
@@ -93,8 +96,12 @@ class DispatcherActor:
         self._changed = asyncio.Event()
         self._handles: dict[tuple[str, str], Any] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._ticking: asyncio.Task[None] | None = None
+        self._running: list[asyncio.Task[None]] = []
         self._started = time.time()
+        self._keeper: StateKeeper | None = None
+        if redis_url:
+            store = RedisStore(redis_url, f"{cluster.namespace}:{cluster.dispatcher}")
+            self._keeper = StateKeeper(store, self._export, self._restore, version)
 
     # ---- instances
 
@@ -147,9 +154,18 @@ class DispatcherActor:
         for request_id, epoch in ended:
             self._handle(Finished(request_id, epoch))
 
-    async def watch(self, version: int, timeout: float) -> ClusterView:
-        """The view once its version differs from ``version``, or after ``timeout`` seconds."""
-        self._tick_from_now_on()
+    async def watch(
+        self, version: int, timeout: float, overrides: Mapping[str, Any] | None = None
+    ) -> ClusterView:
+        """The view once its version differs from ``version``, or after ``timeout`` seconds.
+
+        Args:
+            overrides: Those of the last view that the caller had, where it was told it by a
+                dispatcher that may since have been restarted and have forgotten them.
+        """
+        self._start_tasks()
+        if overrides:
+            self._restore({"overrides": overrides})
         deadline = time.monotonic() + timeout
         while self._core.members.version == version:
             left = deadline - time.monotonic()
@@ -232,6 +248,7 @@ class DispatcherActor:
         own = [
             Figure("drover_dispatcher_start_time_seconds", self._started),
             *figures(self._core),
+            *([] if self._keeper is None else self._keeper.figures()),
         ]
         return {"dispatcher": own, "instances": instance_figures(self._core)}
 
@@ -241,85 +258,56 @@ class DispatcherActor:
         Args:
             limit: Requests listed at most; their number is in "num_requests".
         """
+        self._start_tasks()
         now = time.monotonic()
-        view = self._core.view(now)
-        requests = list(self._core.requests(now))
-        transfers = self._core.members.transfers.values()
         return {
-            "version": view.version,
+            "version": self._core.members.version,
             "started": self._started,
             "placement": self._core.config.placement,
             "rebalance": self._core.config.rebalance.enabled,
-            "instances": [self._describe(instance, now) for instance in view.instances],
-            "num_requests": len(requests),
-            "requests": [
-                {
-                    "request_id": sequence.request_id,
-                    "epoch": sequence.epoch,
-                    "instance_id": load.info.instance_id,
-                    "state": "running" if sequence.running else "waiting",
-                    "migrating": sequence.migrating
-                    or sequence.request_id in self._core.members.transfers,
-                    "class": sequence.request_class.name.lower(),
-                    "tenant": sequence.tenant,
-                    "gateway_id": sequence.home,
-                    "tokens": sequence.num_tokens,
-                    "blocks": sequence.blocks,
-                }
-                for load, sequence in requests[:limit]
-            ],
+            "instances": status.instances(self._core, now),
+            **status.requests(self._core, now, limit),
             "held": self._core.num_held,
-            "migrating": [
-                {
-                    "request_id": transfer.sequence.request_id,
-                    "source": transfer.source,
-                    "destination": transfer.destination,
-                    "reason": transfer.reason,
-                    "seconds": now - transfer.since,
-                }
-                for transfer in transfers
-            ],
+            "migrating": status.migrating(self._core, now),
             "migrations": [dataclasses.asdict(report) for report in reversed(self._migrations)],
             "counters": {kind: dict(counts) for kind, counts in self._core.counters.items()},
+            "store": {"kind": "memory"} if self._keeper is None else self._keeper.status(),
         }
 
-    def _describe(self, view: InstanceView, now: float) -> dict[str, Any]:
-        load = self._core.members.loads[view.info.instance_id]
-        report = load.report
-        return {
-            "instance_id": view.info.instance_id,
-            "incarnation": view.info.incarnation,
-            "address": view.info.address,
-            "node": view.info.node,
-            "pid": view.info.pid,
-            "state": view.state,
-            "freeness": view.freeness if math.isfinite(view.freeness) else None,
-            "load": view.load,
-            "total_blocks": view.info.total_blocks,
-            "free_blocks": view.free_blocks,
-            "running": view.running,
-            "waiting": view.waiting,
-            "charged": len(load.charges),
-            "step_seconds": view.step_seconds,
-            "migrations_in": 0 if report is None else report.migrations_in,
-            "migrations_out": 0 if report is None else report.migrations_out,
-            "report_age": now - load.heard,
-            "model": dataclasses.asdict(view.info.model),
-            "max_num_seqs": view.info.max_num_seqs,
-        }
+    async def requests(
+        self, limit: int = 256, instance_id: str = "", tenant: str = ""
+    ) -> dict[str, Any]:
+        """Requests of the whole cluster, ready for JSON; see :func:`status.requests`."""
+        return status.requests(self._core, time.monotonic(), limit, instance_id, tenant)
+
+    async def flush(self) -> None:
+        """Write what is not stored yet; the dispatcher is about to be stopped."""
+        if self._keeper is not None:
+            await self._keeper.close()
+
+    # ---- what outlives the dispatcher
+
+    def _export(self) -> dict[str, Any]:
+        return self._core.export_state(time.monotonic())
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self._do(self._core.restore_state(state, time.monotonic()))
 
     # ---- events and actions
 
     def _handle(self, event: Event) -> list[Action]:
-        self._tick_from_now_on()
-        version = self._core.members.version
+        self._start_tasks()
         actions = self._core.handle(event, time.monotonic())
+        self._do(actions)
+        return actions
+
+    def _do(self, actions: list[Action]) -> None:
         for action in actions:
             self._execute(action)
-        if self._core.members.version != version:
+        if self._core.members.version != self._version:
+            self._version = self._core.members.version
             self._changed.set()
             self._changed = asyncio.Event()
-        return actions
 
     def _execute(self, action: Action) -> None:
         match action:
@@ -385,10 +373,13 @@ class DispatcherActor:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _tick_from_now_on(self) -> None:
+    def _start_tasks(self) -> None:
         # An actor's constructor runs outside its event loop, hence not there.
-        if self._ticking is None or self._ticking.done():
-            self._ticking = asyncio.get_running_loop().create_task(self._tick())
+        if not self._running:
+            create = asyncio.get_running_loop().create_task
+            self._running.append(create(self._tick()))
+            if self._keeper is not None:
+                self._running.append(create(self._keeper.run()))
 
     async def _tick(self) -> None:
         while True:

@@ -330,7 +330,8 @@ class Dispatcher:
 
     def view(self, now: float) -> ClusterView:
         """Membership and load, for gateways and operators."""
-        return self.members.cluster_view(now)
+        view = self.members.cluster_view(now)
+        return dataclasses.replace(view, overrides=self.overrides.export())
 
     def locate(self, request_id: str, now: float) -> tuple[InstanceLoad, SequenceLoad] | None:
         """The instance that holds a request under its newest epoch, and what is known of it.

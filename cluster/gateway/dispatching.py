@@ -154,11 +154,16 @@ class DispatcherClient:
         )
 
     async def _watch_loop(self) -> None:
+        known = False
         while True:
+            # A dispatcher that was restarted may have forgotten what operators had set.
+            overrides = None if known else self.view.overrides
             try:
-                view = await self.call("watch", self.view.version, 1.0)
+                view = await self.call("watch", self.view.version, 1.0, overrides)
+                known = True
             except Exception as error:
                 logger.debug("no view from the dispatcher: %s", error)
+                known = False
                 self._handle = None
                 await asyncio.sleep(0.2)
                 continue

@@ -1,0 +1,91 @@
+"""What operators see of the dispatcher, ready for JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+from cluster.dispatcher.core import Dispatcher
+from cluster.dispatcher.messages import InstanceView
+
+
+def instances(core: Dispatcher, now: float) -> list[dict[str, Any]]:
+    """Every instance that is not gone."""
+    return [_instance(core, view, now) for view in core.view(now).instances]
+
+
+def _instance(core: Dispatcher, view: InstanceView, now: float) -> dict[str, Any]:
+    load = core.members.loads[view.info.instance_id]
+    report = load.report
+    return {
+        "instance_id": view.info.instance_id,
+        "incarnation": view.info.incarnation,
+        "address": view.info.address,
+        "node": view.info.node,
+        "pid": view.info.pid,
+        "state": view.state,
+        "freeness": view.freeness if math.isfinite(view.freeness) else None,
+        "load": view.load,
+        "total_blocks": view.info.total_blocks,
+        "free_blocks": view.free_blocks,
+        "running": view.running,
+        "waiting": view.waiting,
+        "charged": len(load.charges),
+        "step_seconds": view.step_seconds,
+        "migrations_in": 0 if report is None else report.migrations_in,
+        "migrations_out": 0 if report is None else report.migrations_out,
+        "report_age": now - load.heard,
+        "model": dataclasses.asdict(view.info.model),
+        "max_num_seqs": view.info.max_num_seqs,
+    }
+
+
+def requests(
+    core: Dispatcher, now: float, limit: int, instance_id: str = "", tenant: str = ""
+) -> dict[str, Any]:
+    """Requests on instances, or on their way to one.
+
+    Args:
+        limit: Listed at most; "num_requests" counts all that match.
+        instance_id: Only those of this instance; "" for all.
+        tenant: Only those of this tenant; "" for all.
+    """
+    found = [
+        (load, sequence)
+        for load, sequence in core.requests(now)
+        if instance_id in ("", load.info.instance_id) and tenant in ("", sequence.tenant)
+    ]
+    return {
+        "num_requests": len(found),
+        "requests": [
+            {
+                "request_id": sequence.request_id,
+                "epoch": sequence.epoch,
+                "instance_id": load.info.instance_id,
+                "state": "running" if sequence.running else "waiting",
+                "migrating": sequence.migrating or sequence.request_id in core.members.transfers,
+                "class": sequence.request_class.name.lower(),
+                "tenant": sequence.tenant,
+                "gateway_id": sequence.home,
+                "tokens": sequence.num_tokens,
+                "blocks": sequence.blocks,
+            }
+            for load, sequence in itertools.islice(found, limit)
+        ],
+    }
+
+
+def migrating(core: Dispatcher, now: float) -> list[dict[str, Any]]:
+    """Migrations under way."""
+    return [
+        {
+            "request_id": transfer.sequence.request_id,
+            "source": transfer.source,
+            "destination": transfer.destination,
+            "reason": transfer.reason,
+            "seconds": now - transfer.since,
+        }
+        for transfer in core.members.transfers.values()
+    ]
