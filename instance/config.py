@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, field
 
 
@@ -20,6 +21,59 @@ class SchedulerConfig:
     max_num_batched_tokens: int = 512
     max_model_len: int = 8192
     enable_prefix_caching: bool = True
+
+
+class SwapMode(enum.StrEnum):
+    """Whether steps wait for the copies of preempted sequences.
+
+    AUTO: Only where that is measured to be cheaper.
+    ASYNC: Never.
+    SYNC: Always.
+    """
+
+    AUTO = "auto"
+    ASYNC = "async"
+    SYNC = "sync"
+
+
+class PreemptionMode(enum.StrEnum):
+    """What becomes of a preempted sequence's KV.
+
+    AUTO: Whichever is measured to be cheaper.
+    SWAP: It goes to host memory while there is room.
+    RECOMPUTE: It is given up.
+    """
+
+    AUTO = "auto"
+    SWAP = "swap"
+    RECOMPUTE = "recompute"
+
+
+@dataclass(frozen=True, slots=True)
+class SwapConfig:
+    """Swapping of KV to host memory.
+
+    Attributes:
+        space_bytes: Host memory for KV; 0 is none.
+        num_blocks: Blocks of the host pool; 0 sizes it from ``space_bytes``.
+        mode: Whether steps wait for copies.
+        preemption: Swap or recompute.
+        reuse: Host copies outlive the return of their sequence.
+        save: Copies of finished sequences are made before their blocks are reused, where
+            that is cheap; needs ``reuse``.
+    """
+
+    space_bytes: int = 0
+    num_blocks: int = 0
+    mode: SwapMode = SwapMode.AUTO
+    preemption: PreemptionMode = PreemptionMode.AUTO
+    reuse: bool = True
+    save: bool = True
+
+    def blocks(self, block_bytes: int) -> int:
+        """Blocks of the host pool, its null block included; 0 for none."""
+        wanted = self.num_blocks or self.space_bytes // block_bytes
+        return wanted if wanted > 1 else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,3 +134,4 @@ class EngineConfig:
     report_interval: float = 0.5
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     migration: MigrationConfig = field(default_factory=MigrationConfig)
+    swap: SwapConfig = field(default_factory=SwapConfig)

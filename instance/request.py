@@ -34,7 +34,8 @@ class FinishReason(enum.IntEnum):
 class SequenceStatus(enum.StrEnum):
     """Where a sequence stands on this instance.
 
-    WAITING: queued, no KV held (a preempted sequence returns here).
+    WAITING: queued, without KV or with KV on the host (a preempted sequence returns here).
+    LOADING: has blocks into which KV is being copied from the host.
     RUNNING: in the batch; its prompt may still be in chunked prefill.
     HANDOVER: taken out of the batch by a migration that has gone past its point of
         no return (source), or complete but not yet granted by the home (destination).
@@ -42,6 +43,7 @@ class SequenceStatus(enum.StrEnum):
     """
 
     WAITING = "waiting"
+    LOADING = "loading"
     RUNNING = "running"
     HANDOVER = "handover"
     FINISHED = "finished"
@@ -183,6 +185,9 @@ class Sequence:
         block_table: Pool block ids, in order.
         num_cached: Prompt tokens found in the prefix cache at first admission; -1 before.
         acked: Output tokens that the home has acknowledged.
+        host_table: Host blocks that hold, or are getting, copies of the leading blocks.
+        num_swapped: Tokens whose KV is on the host, while that is what the sequence will go
+            on from; 0 otherwise.
         sealed: Leading blocks registered in the prefix cache by this sequence.
         block_hashes: Chained prefix hashes of the leading full blocks, as far as computed.
         charged_prompt: Prompt tokens for which the tenant was charged, or which were cached at
@@ -215,6 +220,8 @@ class Sequence:
     account: Account = field(init=False)
     rank: tuple[int, float, float, bool, str] = field(init=False)
     block_table: list[int] = field(default_factory=list)
+    host_table: list[int] = field(default_factory=list)
+    num_swapped: int = 0
     block_hashes: list[bytes] = field(default_factory=list)
     sealed: int = 0
     acked: int = 0
@@ -273,6 +280,11 @@ class Sequence:
     def num_tokens(self) -> int:
         """Tokens known or on their way: what ``num_computed`` catches up with."""
         return len(self.tokens) + self.num_in_flight
+
+    @property
+    def num_kept(self) -> int:
+        """Tokens whose KV exists, in the pool or on the host."""
+        return self.num_swapped or self.num_written
 
     @property
     def output(self) -> list[int]:

@@ -27,6 +27,7 @@ from types import MappingProxyType
 from instance.config import SchedulerConfig
 from instance.draft import Draft
 from instance.kv.blocks import BlockPool, IntegrityError
+from instance.kv.swap import CopyJob, HostSpace, Swap
 from instance.kv.tables import BlockTables
 from instance.limits import Limits
 from instance.request import (
@@ -39,6 +40,7 @@ from instance.request import (
 
 _RUNNING = SequenceStatus.RUNNING
 _WAITING = SequenceStatus.WAITING
+_LOADING = SequenceStatus.LOADING
 _HANDOVER = SequenceStatus.HANDOVER
 _NO_LOGPROBS: Mapping[int, TokenLogprobs] = MappingProxyType({})
 _NO_ERRORS: Mapping[int, str] = MappingProxyType({})
@@ -77,14 +79,24 @@ class Scheduler:
         config: Limits of a step.
         pool: Blocks; only the scheduler hands them to sequences.
         salt: What KV depends on besides tokens (model, dtype); roots the block hashes.
+        host: Memory to which KV may be swapped; None where there is none.
 
     Attributes:
         sequences: Live sequences by request id, in whatever state.
         running: Sequences in the batch, by priority.
         waiting: The queue, by priority.
+        swap: The books of KV on the host; None where there is none.
+        num_blocked: Running sequences that the last plan left out since the blocks they need
+            are still being copied from.
     """
 
-    def __init__(self, config: SchedulerConfig, pool: BlockPool, salt: bytes = b"") -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pool: BlockPool,
+        salt: bytes = b"",
+        host: HostSpace | None = None,
+    ) -> None:
         if config.max_num_seqs < 1 or config.max_num_batched_tokens < 1:
             raise ValueError("max_num_seqs and max_num_batched_tokens must be at least 1")
         self.config = config
@@ -93,7 +105,10 @@ class Scheduler:
         self.sequences: dict[str, Sequence] = {}
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
-        self._tables = BlockTables(pool, salt, config.enable_prefix_caching)
+        host_pool = None if host is None else BlockPool(host.num_blocks, pool.block_size)
+        self._tables = BlockTables(pool, salt, config.enable_prefix_caching, host_pool)
+        self.swap = None if host is None else Swap(self._tables, host)
+        self.num_blocked = 0
         self._limits = Limits(config, pool)
         self._number = 0
 
@@ -158,6 +173,10 @@ class Scheduler:
         del self.sequences[sequence.request_id]
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = reason
+        if self.swap is not None:
+            self.swap.forget(sequence)
+            if reason in (FinishReason.STOP, FinishReason.LENGTH):
+                self.swap.note_finished(sequence)
         self._tables.release(sequence)
 
     def fail(self, sequence: Sequence, error: str) -> Emission:
@@ -171,8 +190,10 @@ class Scheduler:
 
         Raises:
             IntegrityError: A launched or planned step still computes or draws for it; wait
-                for the step's end and ``drop`` it from the plan.
+                for the step's end and ``drop`` it from the plan. Or its KV is being copied.
         """
+        if not self.can_leave(sequence):
+            raise IntegrityError(f"{sequence.request_id} is {sequence.status}, its KV in a copy")
         if sequence.num_in_flight or sequence.num_computed != sequence.num_written:
             raise IntegrityError(
                 f"{sequence.request_id}: {sequence.num_in_flight} tokens in flight, "
@@ -180,8 +201,12 @@ class Scheduler:
             )
         self._leave(sequence)
         sequence.status = _HANDOVER
-        if not sequence.num_computed:
+        if not sequence.num_kept:
             self._tables.release(sequence)  # blocks of a first row that was dropped
+
+    def can_leave(self, sequence: Sequence) -> bool:
+        """No copy of its KV is under way."""
+        return sequence.status is not _LOADING and not self._is_busy(sequence)
 
     def put_back(self, sequence: Sequence) -> None:
         """Undo ``take_out``: back into the batch with its KV, else into the queue."""
@@ -229,6 +254,8 @@ class Scheduler:
         if not plan.preempted or not draft.rows:
             self._admit(draft)
         draft.finish()
+        if self.swap is not None:
+            self.swap.begin()
 
     def drop(self, plan: StepPlan, sequence: Sequence) -> None:
         """Take a sequence's row out of a plan that is not launched, if it has one.
@@ -272,8 +299,11 @@ class Scheduler:
             if sequence.status is SequenceStatus.FINISHED:
                 continue
             # A sequence preempted since the launch is waiting (it cannot have returned: the
-            # plan made meanwhile admits nobody). Its token is valid, its KV is gone.
-            if sequence.status is _RUNNING and sequence.num_written == start:
+            # plan made meanwhile admits nobody). Its token is valid, its KV is gone or about
+            # to leave for the host.
+            if sequence.num_written == start and (
+                sequence.status is _RUNNING or (self.swap and self.swap.leaves(sequence))
+            ):
                 sequence.num_written = start + count
             if not samples:
                 self._tables.seal(sequence)
@@ -293,13 +323,22 @@ class Scheduler:
             if reason is not FinishReason.NOT_FINISHED:
                 self.finish(sequence, reason)
             emissions.append(Emission(sequence, index, (tokens[draw],), reason, figures))
+        if self.swap is not None:
+            self.swap.begin()
         return emissions
+
+    def end_copy(self, job: CopyJob, result: float | BaseException) -> None:
+        """A copy has ended, in so many seconds or with an error."""
+        assert self.swap is not None
+        failed = self.swap.end(job, result)
+        if failed is not None:
+            insort(self.waiting, failed, key=priority)
 
     # ---- figures and checks
 
     def has_work(self) -> bool:
         """Something runs or waits; sequences in handover are not work."""
-        return bool(self.running or self.waiting)
+        return bool(self.running or self.waiting or self._num_loading)
 
     def waiting_blocks(self) -> int:
         """Blocks that the waiting sequences want for their known tokens."""
@@ -321,7 +360,11 @@ class Scheduler:
             refs.update(sequence.block_table)
             status = sequence.status
             queue = {_RUNNING: self.running, _WAITING: self.waiting, _HANDOVER: None}.get(status)
-            if status is SequenceStatus.FINISHED or (queue is not None and sequence not in queue):
+            if (
+                status is SequenceStatus.FINISHED
+                or (status is _LOADING and self.swap is None)
+                or (queue is not None and sequence not in queue)
+            ):
                 raise IntegrityError(f"{request_id} is {status} but not in its queue")
             room = len(sequence.block_table) * self.pool.block_size
             computed, written = sequence.num_computed, sequence.num_written
@@ -330,7 +373,8 @@ class Scheduler:
                     f"{request_id}: {written} written, {computed} computed of "
                     f"{sequence.num_tokens} tokens in room for {room}"
                 )
-            if status is _WAITING and (sequence.block_table or computed):
+            leaves = self.swap is not None and self.swap.leaves(sequence)
+            if status is _WAITING and (sequence.block_table or computed) and not leaves:
                 raise IntegrityError(f"{request_id} is waiting but holds KV")
         for name, queue in (("running", self.running), ("waiting", self.waiting)):
             if queue != sorted(queue, key=priority):
@@ -339,15 +383,19 @@ class Scheduler:
                 if self.sequences.get(sequence.request_id) is not sequence:
                     raise IntegrityError(f"{sequence.request_id} is {name} but not live")
         if sum(1 for s in self.sequences.values() if s.status is not _HANDOVER) != (
-            len(self.running) + len(self.waiting)
+            len(self.running) + len(self.waiting) + self._num_loading
         ):
             raise IntegrityError("a sequence is queued twice")
         self.pool.check_integrity(refs)
+        if self.swap is not None:
+            self.swap.check_integrity(self.sequences.values())
 
     # ---- planning
 
     def _catch_up(self, draft: Draft) -> None:
         """Rows for running sequences that have none: decodes, then prefills in chunks."""
+        self._enter_loaded()
+        self.num_blocked = 0
         prefills: list[Sequence] = []
         rows = draft.rows
         for sequence in self.running[:]:
@@ -376,36 +424,55 @@ class Scheduler:
     def _admit(self, draft: Draft) -> None:
         """Waiting sequences enter strictly in order: a head that does not fit yet waits.
 
-        Held ones are passed over.
+        Held ones, and those whose KV is in a copy, are passed over. One swapped-out sequence
+        is fetched ahead of a place in the batch.
         """
         at = 0
-        while (
-            at < len(self.waiting)
-            and draft.budget
-            and len(draft.rows) < self.max_num_seqs
-            and len(self.running) < self.max_num_seqs
-        ):
+        while at < len(self.waiting):
             sequence = self.waiting[at]
-            if sequence.held:
+            if sequence.held or self._is_busy(sequence):
                 at += 1
                 continue
+            entering = len(self.running) + self._num_loading
+            ahead = not (
+                draft.budget
+                and len(draft.rows) < self.max_num_seqs
+                and entering < self.max_num_seqs
+            )
+            if ahead and not (sequence.num_swapped and entering <= self.max_num_seqs):
+                break
+            newcomer = sequence.num_cached < 0
             # A preempted sequence whose last token is not known yet is not whole. A free
             # block is left for each running sequence, so that the newcomer's entry is not
             # paid with a preemption at the next block border.
             if sequence.num_in_flight or not self._tables.place(sequence, len(self.running)):
                 break
             del self.waiting[at]
+            if self.swap is not None and self.swap.load(sequence, newcomer, ahead):
+                continue
             sequence.status = _RUNNING
             insort(self.running, sequence, key=priority)
             draft.put(sequence, min(sequence.num_tokens - sequence.num_computed, draft.budget))
+
+    def _enter_loaded(self) -> None:
+        """Sequences whose KV is back join the batch, as far as it has places."""
+        if self.swap is not None and self.swap.loaded:
+            for sequence in self.swap.take_loaded(self.max_num_seqs - len(self.running)):
+                sequence.status = _RUNNING
+                insort(self.running, sequence, key=priority)
 
     def _grow(self, draft: Draft, sequence: Sequence, count: int) -> bool:
         """Blocks for ``count`` more positions, preempting others if need be.
 
         The victim is the running sequence of lowest priority; false if that is the growing
-        sequence itself.
+        sequence itself, or if blocks enough come free once copies from them have ended.
         """
-        while not self._tables.grow(sequence, sequence.num_computed + count):
+        wanted = sequence.num_computed + count
+        while not self._tables.grow(sequence, wanted):
+            missing = self._tables.blocks_for(wanted) - len(sequence.block_table)
+            if self.swap is not None and self.swap.frees(missing):
+                self.num_blocked += 1
+                return False
             victim = self.running[-1]
             self._preempt(draft, victim)
             if victim is sequence:
@@ -416,21 +483,22 @@ class Scheduler:
         draft.drop(victim)
         draft.plan.preempted.append(victim)
         self._leave(victim)
-        self._give_up_kv(victim)
-        victim.num_preemptions += 1
         victim.status = _WAITING
+        if self.swap is None or not self.swap.leave(victim, self.sequences.values()):
+            # Full blocks stay in the prefix cache, so what is not overwritten until the
+            # victim returns is not computed again.
+            self._tables.release(victim)
+        victim.num_preemptions += 1
         insort(self.waiting, victim, key=priority)
 
-    def _give_up_kv(self, victim: Sequence) -> None:
-        """What becomes of a victim's KV: the one place where that is chosen.
-
-        Recompute: the blocks are released at once. Full ones stay in the prefix cache, so
-        what is not overwritten until the victim returns is not computed again. Swapping
-        the KV out to host memory instead would start here.
-        """
-        self._tables.release(victim)
-
     # ---- small parts
+
+    @property
+    def _num_loading(self) -> int:
+        return 0 if self.swap is None else self.swap.num_loading
+
+    def _is_busy(self, sequence: Sequence) -> bool:
+        return self.swap is not None and self.swap.busy(sequence)
 
     def _check_new(self, sequence: Sequence) -> None:
         if sequence.request_id in self.sequences:

@@ -14,6 +14,10 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from instance.kv.prefix_events import PrefixWatcher
 
 DIGEST_BYTES = 16
 
@@ -69,10 +73,15 @@ def _same_content(one: _Entry | None, other: _Entry | None) -> bool:
 
 
 class PrefixIndex:
-    """Which block holds which content. One block at most is listed per hash."""
+    """Which block holds which content. One block at most is listed per hash.
+
+    Attributes:
+        watcher: Told which hashes come and go; None where nobody wants to know.
+    """
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
+        self.watcher: PrefixWatcher | None = None
         self._by_key: dict[bytes, _Entry] = {}
         self._of_block: dict[int, _Entry] = {}
 
@@ -88,6 +97,10 @@ class PrefixIndex:
     def knows(self, block: int) -> bool:
         """Whether the block was sealed, listed or not."""
         return block in self._of_block
+
+    def keys(self) -> list[bytes]:
+        """The hashes that a match can find."""
+        return list(self._by_key)
 
     def listed(self) -> list[int]:
         """All blocks that a match can return."""
@@ -119,6 +132,8 @@ class PrefixIndex:
         self._of_block[block] = entry
         if listed is None:
             self._by_key[key] = entry
+            if self.watcher is not None:
+                self.watcher.stored(key)
 
     def match(self, tokens: Sequence[int], hashes: Sequence[bytes]) -> list[int]:
         """The listed blocks that hold the leading blocks of ``tokens``, in order.
@@ -146,3 +161,5 @@ class PrefixIndex:
         entry = self._of_block.pop(block, None)
         if entry is not None and entry.block == block and self._by_key.get(entry.key) is entry:
             del self._by_key[entry.key]
+            if self.watcher is not None:
+                self.watcher.removed(entry.key)

@@ -14,12 +14,16 @@ class BlockTables:
         pool: Where blocks come from.
         salt: What KV depends on besides tokens and adapter; roots the block hashes.
         prefix_caching: Reuse full blocks of equal prefixes.
+        host: Where copies of blocks are kept; None where there is no host memory for them.
     """
 
-    def __init__(self, pool: BlockPool, salt: bytes, prefix_caching: bool) -> None:
+    def __init__(
+        self, pool: BlockPool, salt: bytes, prefix_caching: bool, host: BlockPool | None = None
+    ) -> None:
         self.pool = pool
+        self.host = host
+        self.prefix_caching = prefix_caching
         self._salt = salt
-        self._prefix_caching = prefix_caching
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold the KV of so many tokens."""
@@ -37,8 +41,8 @@ class BlockTables:
         """
         pool = self.pool
         hits: list[int] = []
-        if self._prefix_caching:
-            self._hash(sequence)
+        if self.prefix_caching:
+            self.hash(sequence)
             most = (len(sequence.tokens) - 1) // pool.block_size
             hits = pool.match(sequence.tokens, sequence.block_hashes[:most])
         wanted = self.blocks_for(len(sequence.tokens)) - len(hits)
@@ -70,9 +74,9 @@ class BlockTables:
         """Register the blocks that are full and written by now in the prefix cache."""
         size = self.pool.block_size
         full = sequence.num_written // size
-        if full <= sequence.sealed or not self._prefix_caching:
+        if full <= sequence.sealed or not self.prefix_caching:
             return
-        self._hash(sequence)
+        self.hash(sequence)
         table = sequence.block_table
         for index in range(sequence.sealed, full):
             self.pool.seal(
@@ -85,11 +89,24 @@ class BlockTables:
 
     def release(self, sequence: Sequence) -> None:
         """Give up all KV; what was sealed can be hit until it is reused."""
+        self.release_device(sequence)
+        self.release_host(sequence)
+
+    def release_device(self, sequence: Sequence) -> None:
+        """Give up the KV in the pool; copies on the host stay."""
         self.pool.release(sequence.block_table)
         sequence.block_table = []
         sequence.sealed = sequence.num_computed = sequence.num_written = 0
 
-    def _hash(self, sequence: Sequence) -> None:
+    def release_host(self, sequence: Sequence) -> None:
+        """Give up the copies on the host."""
+        if self.host is not None:
+            self.host.release(sequence.host_table)
+        sequence.host_table = []
+        sequence.num_swapped = 0
+
+    def hash(self, sequence: Sequence) -> None:
+        """Bring the hashes of the sequence's full blocks up to date."""
         adapter = sequence.request.adapter
         salt = self._salt + b"\0" + adapter.encode() if adapter else self._salt
         extend_hashes(sequence.block_hashes, sequence.tokens, self.pool.block_size, salt)

@@ -1,0 +1,550 @@
+"""Who goes out to host memory, who comes back, and which copies stay there.
+
+The host pool is a ``BlockPool`` like the device's, so a copy is in one of the same states.
+*Held*: a live sequence counts on it, be it the only copy (of a swapped-out sequence) or one
+that outlived its return. *Cached*: nobody counts on it, but its content is known by the
+prefix hash; reused last, least recently released first. A full block never changes, so its
+copy stays valid for good, for this sequence, for the next turn of its conversation and for
+any other with the same beginning (KV Cache Reuse of FastSwitch, arXiv 2411.18424). Only full
+blocks are ever listed, and tokens are compared on a hit, so a copy that the device has
+written past cannot be found: it is given up when its sequence goes on.
+
+Copies are only ever issued while no step is launched (``begin``), so no step writes what a
+copy reads, nor reads what it writes. The blocks of a victim are then given up by it and
+*draining* until the copy has ended; blocks that a copy fills belong to a sequence in no step.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from instance.config import PreemptionMode, SwapConfig, SwapMode
+from instance.executor import CopyRun
+from instance.kv.blocks import BlockPool, IntegrityError
+from instance.kv.cost import SwapCost, waiting_pays
+from instance.kv.figures import SwapFigures
+from instance.kv.runs import runs
+from instance.kv.tables import BlockTables
+from instance.request import Sequence, SequenceStatus
+
+_LOADING = SequenceStatus.LOADING
+_RUNNING = SequenceStatus.RUNNING
+_WAITING = SequenceStatus.WAITING
+
+# A choice of recompute tells nothing of how fast copies have become: one in so many is a try.
+_TRY_EVERY = 32
+# Copies of finished sequences are made once fewer blocks than this share hold nothing, while
+# they cost at most this share of computing them anew: most are never asked for.
+_SAVE_BELOW = 8
+_SAVE_COST = 0.1
+_SAVE_BLOCKS = 64
+_SAVE_SEQUENCES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class HostSpace:
+    """The host memory that an instance may swap to.
+
+    Attributes:
+        num_blocks: Blocks, a null block 0 included.
+        block_bytes: Bytes of each.
+        config: How it is used.
+    """
+
+    num_blocks: int
+    block_bytes: int
+    config: SwapConfig
+
+
+@dataclass(eq=False, slots=True)
+class CopyJob:
+    """Copies of blocks of one sequence, in one direction.
+
+    Attributes:
+        outward: To the host.
+        sequence: Whose blocks they are, or were.
+        first: Index of the first of them in the sequence.
+        device: Blocks on the device; pinned until the end.
+        host: Their counterparts.
+        held: Host blocks to which the job has references until its end.
+        num_tokens: Leading tokens whose KV is in place once it has ended.
+        saving: Nobody waits for it.
+        runs: What to copy: pieces that are contiguous on both sides.
+    """
+
+    outward: bool
+    sequence: Sequence
+    first: int
+    device: list[int]
+    host: list[int]
+    held: list[int]
+    num_tokens: int
+    saving: bool = False
+
+    @property
+    def runs(self) -> list[CopyRun]:
+        return copy_runs(self.device, self.host)
+
+
+def copy_runs(device: list[int], host: list[int]) -> list[CopyRun]:
+    """The pieces of a copy that are contiguous on both sides, in order."""
+    found: list[CopyRun] = []
+    done = 0
+    for first, count in runs(device):
+        for other, length in runs(host[done : done + count]):
+            found.append(CopyRun(first, other, length))
+            first += length
+        done += count
+    return found
+
+
+class Swap:
+    """The books of swapping on one instance; copies nothing itself.
+
+    Args:
+        tables: Block tables; their host pool is where copies go.
+        space: Size and use of that pool.
+
+    Attributes:
+        cost: What copies and prefills take; fed by whoever runs them.
+        figures: What was done so far.
+        loaded: Sequences whose KV is back and that wait for a place in the batch.
+        lost: Sequences that waited with KV on the host and lost it; whoever reads it clears
+            it.
+    """
+
+    def __init__(self, tables: BlockTables, space: HostSpace) -> None:
+        if tables.host is None:
+            raise ValueError("the block tables have no host pool")
+        self.tables = tables
+        self.pool: BlockPool = tables.pool
+        self.host: BlockPool = tables.host
+        self.config = space.config
+        self.cost = SwapCost(space.block_bytes, self.pool.block_size)
+        self.figures = SwapFigures(host_blocks=self.host.num_usable)
+        self.loaded: list[Sequence] = []
+        self.lost: list[Sequence] = []
+        self._leaving: list[tuple[Sequence, int]] = []
+        self._under_way: set[CopyJob] = set()
+        self._jobs: dict[Sequence, CopyJob] = {}  # those of them that a sequence waits for
+        self._begun: list[CopyJob] = []
+        self._finished: deque[Sequence] = deque(maxlen=_SAVE_SEQUENCES)
+        self._recomputed = 0
+
+    # ---- figures
+
+    @property
+    def num_loading(self) -> int:
+        """Sequences on their way into the batch."""
+        return len(self.loaded) + sum(1 for job in self._jobs.values() if not job.outward)
+
+    def busy(self, sequence: Sequence) -> bool:
+        """A copy of its KV is on its way, or about to be."""
+        return sequence in self._jobs or any(one is sequence for one, _ in self._leaving)
+
+    def leaves(self, sequence: Sequence) -> bool:
+        """It was preempted, and the copy of its KV starts at the next boundary."""
+        return bool(self._leaving) and any(one is sequence for one, _ in self._leaving)
+
+    def frees(self, missing: int) -> bool:
+        """Copies under way, once ended, will leave this many blocks free."""
+        coming = self.num_coming()
+        return coming > 0 and missing <= self.pool.num_free + coming
+
+    def num_coming(self) -> int:
+        """Blocks of the device that nobody will hold once the copies under way have ended."""
+        refs = self.pool.num_references
+        draining = sum(
+            1 for job in self._under_way if job.outward for block in job.device if not refs(block)
+        )
+        return draining + sum(
+            1 for sequence, _ in self._leaving for block in sequence.block_table if refs(block) == 1
+        )
+
+    def snapshot(self) -> SwapFigures:
+        """The figures now."""
+        figures = self.figures
+        figures.host_used = self.host.num_usable - self.host.num_free + self.host.num_cached
+        return figures.snapshot()
+
+    # ---- out
+
+    def leave(self, sequence: Sequence, live: Iterable[Sequence]) -> bool:
+        """Let a victim's KV leave for the host at the next boundary, if that is best.
+
+        Its full blocks that have a valid copy there are not copied again. The victim keeps
+        its block table until then: a launched step may still write there.
+
+        Args:
+            sequence: Out of the batch already; ``num_computed`` counts a launched step.
+            live: All sequences here, of which some may hold copies worth less.
+
+        Returns:
+            False where the KV should be given up, to be computed anew.
+        """
+        tokens = sequence.num_computed
+        if not tokens:
+            return False
+        self._find_copies(sequence, tokens // self.pool.block_size)
+        first, last = len(sequence.host_table), self.tables.blocks_for(tokens)
+        pieces = len(runs(sequence.block_table[first:last]))
+        seconds = self.cost.copy_seconds(True, pieces, last - first)
+        seconds += self.cost.copy_seconds(False, max(1, pieces), last)
+        if not self._prefer_copy("swap", seconds, 0, tokens):
+            return False
+        if not self._make_room(last - first, tokens, sequence, live):
+            self.figures.decisions["recompute", "host full"] += 1
+            return False
+        table = sequence.host_table
+        fresh = self.host.allocate(last - first, after=table[-1] if table else None)
+        if fresh is None:
+            raise IntegrityError(f"{self.host.num_free} host blocks are free, but not {last}")
+        table.extend(fresh)
+        self._leaving.append((sequence, first))
+        return True
+
+    def begin(self) -> None:
+        """Start what can start while no step is launched; ``take_begun`` has the jobs."""
+        leaving, self._leaving = self._leaving, []
+        for sequence, first in leaving:
+            if sequence.status is not _WAITING or not sequence.block_table:
+                continue  # ended meanwhile
+            tokens = sequence.num_written
+            if sequence.num_in_flight or tokens != sequence.num_computed:
+                raise IntegrityError(f"{sequence.request_id} leaves, but a step computes it")
+            last = self.tables.blocks_for(tokens)
+            host = sequence.host_table
+            job = CopyJob(
+                True,
+                sequence,
+                first,
+                sequence.block_table[first:last],
+                host[first:],
+                host[:],
+                tokens,
+            )
+            self.host.acquire(job.held)
+            self._start(job)
+            self.tables.release_device(sequence)
+            self.figures.out += 1
+            self.figures.kept_blocks += first
+            if not job.device:
+                self.end(job, 0.0)
+        self._save()
+
+    def take_begun(self) -> list[CopyJob]:
+        """The jobs begun since the last call, to be issued before the next step."""
+        begun, self._begun = self._begun, []
+        return begun
+
+    # ---- in
+
+    def load(self, sequence: Sequence, newcomer: bool, ahead: bool) -> bool:
+        """Fetch what the host has of a sequence that was just given its blocks.
+
+        Args:
+            sequence: Out of the queue; its leading blocks may be hits on the device.
+            newcomer: It is admitted for the first time, so what is fetched counts as cached.
+            ahead: The batch has no place for it yet.
+
+        Returns:
+            False where it can run at once; else it is LOADING, until ``loaded`` lists it.
+        """
+        size = self.pool.block_size
+        first, swapped = sequence.sealed, sequence.num_swapped
+        if not swapped:
+            self._find_copies(sequence, (len(sequence.tokens) - 1) // size)
+        tokens = swapped or len(sequence.host_table) * size
+        last = self.tables.blocks_for(tokens)
+        if last <= first:
+            return self._enter(sequence, ahead)
+        device, host = sequence.block_table[first:last], sequence.host_table[first:last]
+        seconds = self.cost.copy_seconds(False, len(copy_runs(device, host)), last - first)
+        action = "fetch" if swapped else "read back"
+        if not self._prefer_copy(action, seconds, first * size, tokens):
+            return self._enter(sequence, ahead)
+        sequence.status = _LOADING
+        job = CopyJob(False, sequence, first, device, host, host, tokens)
+        self.host.acquire(host)
+        self._start(job)
+        if newcomer:
+            sequence.num_cached = min(tokens, sequence.num_prompt)
+        self.figures.back += 1
+        if not swapped:
+            self.figures.hit_blocks += last - first
+        return True
+
+    def take_loaded(self, most: int) -> list[Sequence]:
+        """Up to ``most`` sequences that are back, in the order of their return."""
+        taken, self.loaded = self.loaded[: max(0, most)], self.loaded[max(0, most) :]
+        return taken
+
+    # ---- both ways
+
+    def end(self, job: CopyJob, result: float | BaseException) -> Sequence | None:
+        """A job has ended, in so many seconds or with an error.
+
+        Returns:
+            The sequence that could not be fetched and must wait again, without KV; or None.
+        """
+        failed = isinstance(result, BaseException)
+        if isinstance(result, BaseException):
+            self.figures.failed += 1
+        elif job.device:
+            self.cost.observe_copy(job.outward, len(job.runs), len(job.device), result)
+            if job.outward:
+                self.figures.seconds_out += result
+            else:
+                self.figures.seconds_in += result
+        self._under_way.remove(job)
+        self.pool.unpin(job.device)
+        if job.outward and not failed:
+            self._seal(job)
+        self.host.release(job.held)
+        sequence = job.sequence
+        if self._jobs.get(sequence) is not job:
+            return None
+        del self._jobs[sequence]
+        if job.outward:
+            if failed:
+                self.tables.release(sequence)
+            else:
+                sequence.num_swapped = job.num_tokens
+        elif failed:
+            sequence.status = _WAITING
+            self.tables.release(sequence)
+            self.lost.append(sequence)
+            return sequence
+        else:
+            sequence.num_computed = sequence.num_written = job.num_tokens
+            self.tables.seal(sequence)
+            self._go_on(sequence)
+            self.loaded.append(sequence)
+        return None
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence ends or is taken away; copies under way are of no use to it."""
+        self._jobs.pop(sequence, None)
+        self._leaving = [entry for entry in self._leaving if entry[0] is not sequence]
+        if sequence in self.loaded:
+            self.loaded.remove(sequence)
+
+    def note_finished(self, sequence: Sequence) -> None:
+        """A sequence has all its tokens; another turn of its conversation may follow."""
+        if self.config.save and self._lists and sequence.num_written >= self.pool.block_size:
+            self._finished.append(sequence)
+
+    def must_wait(self, step: float, runnable: int, blocked: int, elapsed: float) -> bool:
+        """Whether the next step should be held back until a copy has ended.
+
+        Args:
+            step: Seconds of a step.
+            runnable: Rows that it would have.
+            blocked: Sequences that could run but for blocks that a copy keeps.
+            elapsed: Seconds since the copies were issued.
+        """
+        mode = self.config.mode
+        if mode is SwapMode.ASYNC or not self._jobs:
+            return False
+        if mode is SwapMode.SYNC:
+            return True
+        coming = sum(1 for job in self._jobs.values() if not job.outward)
+        each_way = [0.0, 0.0]
+        for job in self._under_way:
+            each_way[job.outward] += self.cost.copy_seconds(
+                job.outward, len(job.runs), len(job.device)
+            )
+        left = max(each_way)
+        if elapsed > 2 * left:
+            return False  # the prediction does not hold
+        pays = waiting_pays(max(0.0, left - elapsed), step, runnable, blocked + coming)
+        if pays and not elapsed:
+            self.figures.decisions["wait", "cheaper"] += 1
+        return pays
+
+    # ---- checks
+
+    def check_integrity(self, live: Iterable[Sequence]) -> None:
+        """Check host pool, jobs and sequences against each other.
+
+        Raises:
+            IntegrityError: With what is wrong.
+        """
+        refs: Counter[int] = Counter(block for job in self._under_way for block in job.held)
+        size = self.pool.block_size
+        for sequence in live:
+            name, status = sequence.request_id, sequence.status
+            refs.update(sequence.host_table)
+            job = self._jobs.get(sequence)
+            if (status is _LOADING) != (
+                sequence in self.loaded or (job is not None and not job.outward)
+            ):
+                raise IntegrityError(f"{name} is {status}, but its copy says otherwise")
+            if job is not None and job.outward and status is not _WAITING:
+                raise IntegrityError(f"{name} is {status} while its KV leaves")
+            if sequence.num_swapped and (
+                len(sequence.host_table) != self.tables.blocks_for(sequence.num_swapped)
+                or status is _RUNNING
+            ):
+                raise IntegrityError(f"{name} is {status}: its host copies do not add up")
+            if status is _RUNNING and len(sequence.host_table) * size > sequence.num_written:
+                raise IntegrityError(f"{name} counts on a copy of a block it still writes")
+        self.host.check_integrity(refs)
+        if not self._under_way.issuperset(self._jobs.values()):
+            raise IntegrityError("a sequence waits for a copy that is not under way")
+        for job in self._under_way:
+            for block in job.device:
+                if self.pool.state(block) in ("free", "cached"):
+                    raise IntegrityError(f"block {block} is in a copy, but it is not pinned")
+
+    # ---- inside
+
+    @property
+    def _lists(self) -> bool:
+        """Copies are found by content."""
+        return self.config.reuse and self.tables.prefix_caching
+
+    def _start(self, job: CopyJob) -> None:
+        self.pool.pin(job.device)
+        self._under_way.add(job)
+        if not job.saving:
+            self._jobs[job.sequence] = job
+        if job.device:
+            self._begun.append(job)
+            lengths = [run.count for run in job.runs]
+            self.figures.issued(job.outward, lengths, self.cost.block_bytes)
+
+    def _find_copies(self, sequence: Sequence, most: int) -> None:
+        """Count on the copies of leading full blocks, ``most`` at most, that others left."""
+        if not self._lists:
+            return
+        self.tables.hash(sequence)
+        found = self.host.match(sequence.tokens, sequence.block_hashes[:most])
+        fresh = found[len(sequence.host_table) :]
+        self.host.acquire(fresh)
+        sequence.host_table.extend(fresh)
+
+    def _enter(self, sequence: Sequence, ahead: bool) -> bool:
+        """Nothing is fetched: true if the sequence has to wait for a place all the same."""
+        self._go_on(sequence)
+        if ahead:
+            sequence.status = _LOADING
+            self.loaded.append(sequence)
+        return ahead
+
+    def _go_on(self, sequence: Sequence) -> None:
+        """The sequence will write on: of its copies only those of full blocks stay valid."""
+        tokens = sequence.num_swapped or len(sequence.host_table) * self.pool.block_size
+        keep = tokens // self.pool.block_size if self.config.reuse else 0
+        # Fetched or hit blocks alone count as written.
+        keep = min(keep, sequence.num_written // self.pool.block_size)
+        sequence.num_swapped = 0
+        table, sequence.host_table = sequence.host_table, sequence.host_table[:keep]
+        self.host.release(table[keep:])
+
+    def _seal(self, job: CopyJob) -> None:
+        """List the full blocks that were copied."""
+        if not self._lists:
+            return
+        sequence, size = job.sequence, self.pool.block_size
+        self.tables.hash(sequence)
+        for index in range(job.first, job.num_tokens // size):
+            self.host.seal(
+                job.held[index],
+                job.held[index - 1] if index else None,
+                sequence.block_hashes[index],
+                tuple(sequence.tokens[index * size : (index + 1) * size]),
+            )
+
+    def _prefer_copy(self, action: str, seconds: float, start: int, end: int) -> bool:
+        """Choose between a copy that takes ``seconds`` and computing [start, end) anew."""
+        mode = self.config.preemption
+        if mode is PreemptionMode.SWAP:
+            choice = action, "configured"
+        elif mode is PreemptionMode.RECOMPUTE and action == "swap":
+            choice = "recompute", "configured"
+        elif seconds <= self.cost.prefill_seconds(start, end):
+            choice = action, "cheaper"
+        else:
+            self._recomputed += 1
+            tried = self._recomputed % _TRY_EVERY == 0
+            choice = (action, "tried") if tried else ("recompute", "cheaper")
+        self.figures.decisions[choice] += 1
+        return choice[0] == action
+
+    def _make_room(
+        self, wanted: int, tokens: int, leaving: Sequence, live: Iterable[Sequence]
+    ) -> bool:
+        """Have ``wanted`` host blocks free; copies of less worth are given up for it.
+
+        Those that nobody counts on go first, by the pool itself. Then those of running
+        sequences, and last the only ones of waiting sequences, if computing all of them anew
+        costs less than the ``tokens`` that want to come; the cheapest first.
+        """
+        if wanted <= self.host.num_free:
+            return True
+        candidates = [
+            one
+            for one in live
+            if one.host_table
+            and one is not leaving
+            and not self.busy(one)
+            and (one.status is _RUNNING or (one.status is _WAITING and one.num_swapped))
+        ]
+        candidates.sort(key=lambda one: (one.num_swapped > 0, len(one.host_table)))
+        budget = self.cost.prefill_seconds(0, tokens)
+        room = self.host.num_free
+        chosen: list[Sequence] = []
+        for one in candidates:
+            if room >= wanted:
+                break
+            budget -= self.cost.prefill_seconds(0, one.num_swapped)
+            if budget < 0:
+                break
+            # Blocks that others count on as well stay.
+            room += sum(1 for block in one.host_table if self.host.num_references(block) == 1)
+            chosen.append(one)
+        if room < wanted:
+            return False
+        for one in chosen:
+            self.figures.dropped_blocks += len(one.host_table)
+            if one.num_swapped:
+                self.lost.append(one)
+            self.tables.release_host(one)
+        return wanted <= self.host.num_free
+
+    def _save(self) -> None:
+        """Copy what a finished sequence left, while the copier is idle and before it is lost.
+
+        Only under pressure: a copy of what the device keeps anyway would be wasted.
+        """
+        pool, size = self.pool, self.pool.block_size
+        if self._under_way or not self._finished:
+            return
+        if (pool.num_free - pool.num_cached) * _SAVE_BELOW > pool.num_usable:
+            return
+        sequence = self._finished.popleft()
+        self.tables.hash(sequence)
+        here = pool.match(sequence.tokens, sequence.block_hashes)
+        there = self.host.match(sequence.tokens, sequence.block_hashes[: len(here)])
+        first = len(there)
+        most = min(_SAVE_BLOCKS, pool.num_free // 4, self.host.num_free - self.host.num_idle(there))
+        device = here[first : first + max(0, most)]
+        if not device:
+            return
+        last = first + len(device)
+        seconds = self.cost.copy_seconds(True, len(runs(device)), len(device))
+        if seconds > _SAVE_COST * self.cost.prefill_seconds(first * size, last * size):
+            return
+        self.host.acquire(there)
+        fresh = self.host.allocate(len(device), after=there[-1] if there else None)
+        if fresh is None:
+            raise IntegrityError(f"{self.host.num_free} host blocks are free, but not {most}")
+        self._start(
+            CopyJob(True, sequence, first, device, fresh, there + fresh, last * size, saving=True)
+        )
+        self.figures.saved += 1
+        if last < len(here):
+            self._finished.appendleft(sequence)
