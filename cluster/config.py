@@ -20,6 +20,7 @@ from cluster.flags import (
     integer,
     number,
     one_of,
+    redis_address,
     setting,
     size,
     string,
@@ -226,6 +227,14 @@ class ServeConfig:
         "SECONDS",
         _CLUSTER,
         "time after which a silent instance or gateway counts as dead",
+    )
+    redis_url: str = setting(
+        "",
+        redis_address,
+        "URL",
+        _CLUSTER,
+        "Redis that keeps what the dispatcher knows, such as redis://host:6379/0 "
+        "(default: memory only)",
     )
     placement: str = setting(
         "freeness",

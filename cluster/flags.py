@@ -85,6 +85,14 @@ def identifier(text: str) -> str:
     return text
 
 
+def redis_address(text: str) -> str:
+    """A URL that redis-py takes, or nothing."""
+    if text and not text.startswith(("redis://", "rediss://", "unix://")):
+        # It is not quoted: it may hold a password.
+        raise ConfigError("not a URL that begins with redis://, rediss:// or unix://")
+    return text
+
+
 def switch(text: str) -> bool:
     """On or off, in the words of YAML and of environments."""
     value = text.strip().lower()

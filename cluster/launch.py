@@ -115,7 +115,7 @@ class GatewayProcess:
         self._actor.stop()
 
 
-def start_dispatcher(config: DispatcherConfig, cluster: ClusterRef) -> Any:
+def start_dispatcher(config: DispatcherConfig, cluster: ClusterRef, redis_url: str = "") -> Any:
     """Create the named, detached, restartable dispatcher actor; returns its handle once up."""
     import ray
 
@@ -131,7 +131,7 @@ def start_dispatcher(config: DispatcherConfig, cluster: ClusterRef) -> Any:
             max_concurrency=10_000,
             num_cpus=0,
         )
-        .remote(config, cluster)
+        .remote(config, cluster, redis_url)
     )
     ray.get(handle.status.remote(), timeout=CALL_TIMEOUT)
     return handle
@@ -178,7 +178,7 @@ class Cluster:
             self._start_dispatcher()
             infos = self._start_instances()
             urls = self._start_gateways(min(info.model.max_model_len for info in infos))
-            self._await_members(len(infos))
+            self._await_members(infos)
         except BaseException as error:
             self.stop(graceful=False)
             if isinstance(error, LaunchError | KeyboardInterrupt | SystemExit):
@@ -223,7 +223,9 @@ class Cluster:
 
     def _start_dispatcher(self) -> None:
         self._clear_abandoned()
-        self._dispatcher = start_dispatcher(self.config.dispatcher(), self.ref)
+        self._dispatcher = start_dispatcher(
+            self.config.dispatcher(), self.ref, self.config.redis_url
+        )
 
     def _clear_abandoned(self) -> None:
         """Remove the dispatcher of a cluster of our name whose launcher was killed."""
@@ -357,14 +359,15 @@ class Cluster:
             self._say(f"{name}: listening on {urls[-1]}")
         return urls
 
-    def _await_members(self, number: int) -> None:
+    def _await_members(self, infos: list[InstanceInfo]) -> None:
         """Wait until the dispatcher has heard of every instance."""
         import ray
 
+        wanted = {info.incarnation for info in infos}
         deadline = time.monotonic() + CALL_TIMEOUT
         while time.monotonic() < deadline:
             status = ray.get(self._dispatcher.status.remote(), timeout=CALL_TIMEOUT)
-            if len(status["instances"]) >= number:
+            if wanted <= {instance["incarnation"] for instance in status["instances"]}:
                 return
             time.sleep(0.05)
         raise LaunchError("the instances do not reach the dispatcher")
@@ -412,6 +415,8 @@ class Cluster:
             ending = [handle.stop.remote() for handle in members.values()]
             if ending:
                 ray.wait(ending, num_returns=len(ending), timeout=patience)
+        if self._dispatcher is not None and self.config.redis_url:
+            ray.wait([self._dispatcher.flush.remote()], timeout=5.0)
 
     def _kill_members(self) -> None:
         if not self._prepared:

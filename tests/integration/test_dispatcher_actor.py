@@ -15,6 +15,7 @@ from cluster.dispatcher.messages import ClusterView, Placement, Refusal
 from cluster.dispatcher.rebalance import RebalanceConfig
 from cluster.reporter import DispatcherReporter
 from instance.load import InstanceInfo, LoadReport, MigrationReport
+from tests.integration.valkey import running
 from tests.unit.dispatching import ask, info, report, sequence
 
 CLUSTER = ClusterRef(namespace="dispatcher-test")
@@ -185,6 +186,56 @@ def test_a_dispatcher_in_full(ray, cluster) -> None:
     found = status(ray, dispatcher)
     assert [m["outcome"] for m in found["migrations"]] == ["error: the source broke", "moved"]
     assert found["counters"]["migrations_started"] == {"admin": 2}
+
+
+def test_what_operators_set_outlives_a_killed_dispatcher(ray, cluster) -> None:
+    """A gateway returns it with its first call to the new one."""
+    dispatcher, _ = cluster
+    ray.get(dispatcher.drain.remote("i1"))
+    told = ray.get(dispatcher.watch.remote(-1, 60.0)).overrides
+    before = status(ray, dispatcher)
+    ray.kill(dispatcher, no_restart=False)
+
+    def back() -> bool:
+        try:
+            return status(ray, dispatcher)["started"] > before["started"]
+        except ray.exceptions.RayActorError:
+            return False
+
+    wait_for(back)
+    assert "draining/i1" in told
+    assert not ray.get(dispatcher.watch.remote(-1, 60.0)).overrides
+    assert ray.get(dispatcher.watch.remote(-1, 60.0, told)).overrides == told
+    wait_for(lambda: counts(ray, dispatcher) == (2, 3))
+    found = {one["instance_id"]: one["state"] for one in status(ray, dispatcher)["instances"]}
+    assert found["i1"] == "draining"
+
+
+def test_a_new_dispatcher_begins_with_what_redis_has(ray) -> None:
+    with running() as server:
+        other = ClusterRef("drover-stored", CLUSTER.namespace)
+        first = launch.start_dispatcher(DispatcherConfig(), other, server.url)
+        ray.get(first.join.remote(info("i7")))
+        ray.get(first.drain.remote("i7"))
+        ray.get(first.flush.remote())
+        ray.kill(first)
+        wait_for(lambda: gone(ray, other.dispatcher))
+        second = launch.start_dispatcher(DispatcherConfig(), other, server.url)
+        wait_for(lambda: status(ray, second)["instances"])
+        (entry,) = status(ray, second)["instances"]
+        assert (entry["instance_id"], entry["state"]) == ("i7", "draining")
+        assert status(ray, second)["store"]["up"]
+        figures = ray.get(second.figures.remote())["dispatcher"]
+        assert ("drover_store_up", 1) in [(one.name, one.value) for one in figures]
+        ray.kill(second)
+
+
+def gone(ray, name: str) -> bool:
+    try:
+        ray.get_actor(name, namespace=CLUSTER.namespace)
+    except ValueError:
+        return True
+    return False
 
 
 def test_a_killed_dispatcher_restarts_and_rebuilds_from_reports(ray, cluster) -> None:

@@ -41,6 +41,7 @@ def test_every_flag_has_its_environment_twin() -> None:
         "dtype": ("float64", "float64"),
         "device": ("cpu", "cpu"),
         "placement": ("round_robin", "round_robin"),
+        "redis_url": ("redis://host", "redis://host"),
     }
     for field in dataclasses.fields(ServeConfig):
         if field.name in samples:
@@ -153,3 +154,10 @@ def test_help_shows_every_flag() -> None:
     text = parser.format_help()
     for name, flag in flags_of(ServeConfig).items():
         assert (flag.metavar if flag.positional else "--" + name.replace("_", "-")) in text
+
+
+def test_the_address_of_redis() -> None:
+    assert parse("--redis-url", "redis://h:1/0").redis_url == "redis://h:1/0"
+    with pytest.raises(ConfigError, match="redis://") as caught:
+        parse("--redis-url", "http://:secret@h")
+    assert "secret" not in str(caught.value)
