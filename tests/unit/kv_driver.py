@@ -13,6 +13,7 @@ from collections.abc import Callable
 from instance.config import SchedulerConfig
 from instance.executor import StepBatch
 from instance.kv.blocks import BlockPool, runs
+from instance.kv.swap import HostSpace
 from instance.request import (
     FinishReason,
     Request,
@@ -95,11 +96,17 @@ class Driver:
     """
 
     def __init__(
-        self, num_blocks: int = 64, block_size: int = 4, *, late: bool = False, **config: int | bool
+        self,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        *,
+        late: bool = False,
+        host: HostSpace | None = None,
+        **config: int | bool,
     ) -> None:
         self.config = SchedulerConfig(**config)  # type: ignore[arg-type]
         self.pool = BlockPool(num_blocks, block_size)
-        self.scheduler = Scheduler(self.config, self.pool, b"model")
+        self.scheduler = Scheduler(self.config, self.pool, b"model", host)
         self.prefixes = Prefixes()
         self.kv = [GARBAGE] * (num_blocks * block_size)
         self.launched: StepPlan | None = None
@@ -137,6 +144,7 @@ class Driver:
         scheduler.patch(plan)
         self.preemptions += len(plan.preempted)
         self._check_plan(plan)
+        self.before_launch()
         if plan.rows:
             self.steps.append(
                 [(r.sequence.request_id, r.start, r.length, r.samples) for r in plan.rows]
@@ -158,7 +166,18 @@ class Driver:
             assert limit > 0, "sequences starve"
             before = len(self.steps)
             self.step()
-            assert len(self.steps) > before or not self.scheduler.has_work(), "the engine stalls"
+            moved = len(self.steps) > before or not self.scheduler.has_work()
+            assert moved or self.waits_for_copies(), "the engine stalls"
+
+    def before_launch(self) -> None:
+        """No step is launched, and the next one is about to be."""
+
+    def waits_for_copies(self) -> bool:
+        """Copies are under way without which there may be nothing to do."""
+        return False
+
+    def settle(self) -> None:
+        """End whatever is under way beside the steps."""
 
     def check(self) -> None:
         self.scheduler.check_integrity()
@@ -191,7 +210,7 @@ class Driver:
                 for sequence in self.scheduler.running
                 if sequence not in served and sequence.num_tokens - sequence.num_computed == 1
             ]
-            assert not skipped, "a decode was skipped"
+            assert len(skipped) <= self.scheduler.num_blocked, "a decode was skipped"
 
     def _execute(self) -> None:
         batch, plan = self._batch, self.launched
@@ -230,9 +249,10 @@ class Driver:
         size = self.pool.block_size
         return [self.kv[block * size + offset] for block in blocks for offset in range(size)]
 
-    def copy(self, source: list[int], target: list[int]) -> None:
-        """Copy blocks, as a migration does."""
+    def move(self, sequence: Sequence, first: int, target: list[int]) -> None:
+        """Copy the sequence's blocks from the ``first`` on, as a migration does."""
         size = self.pool.block_size
+        source = sequence.block_table[first : first + len(target)]
         for one, other in zip(source, target, strict=True):
             self.kv[other * size : (other + 1) * size] = self.kv[one * size : (one + 1) * size]
 

@@ -76,6 +76,7 @@ class Traffic:
             self.come_back(self.away.pop(rng.randrange(len(self.away))))
         scheduler = driver.scheduler
         candidates = rng.choice((scheduler.running, scheduler.running, scheduler.waiting))
+        candidates = [sequence for sequence in candidates if scheduler.can_leave(sequence)]
         if candidates and rng.random() < 0.2:
             sequence = rng.choice(candidates)
             if driver.planned is not None:
@@ -96,28 +97,28 @@ class Traffic:
     def come_back(self, sequence: Sequence) -> None:
         """Undo the handover, or finish it: the sequence goes on in other blocks."""
         driver, pool, scheduler = self.driver, self.driver.pool, self.driver.scheduler
-        if self.rng.random() < 0.5 or not sequence.num_written:
+        if self.rng.random() < 0.5 or not sequence.num_kept:
             scheduler.put_back(sequence)
             return
         size = pool.block_size
         full = (len(sequence.tokens) - 1) // size
         hits = pool.match(sequence.tokens, sequence.block_hashes[:full])
-        hits = hits[: sequence.num_written // size]
+        hits = hits[: sequence.num_kept // size]
         pool.acquire(hits)
-        needed = -(-sequence.num_written // size)
+        needed = -(-sequence.num_kept // size)
         fresh = pool.reserve(needed - len(hits))
         if fresh is None:
             pool.release(hits)
             scheduler.put_back(sequence)
             return
-        driver.copy(sequence.block_table[len(hits) : needed], fresh)
+        driver.move(sequence, len(hits), fresh)
         scheduler.check_integrity(hits)
         pool.commit(fresh)
         arrived = Sequence.start(
             sequence.request, epoch=sequence.epoch + 1, emitted=tuple(sequence.output)
         )
         arrived.block_table = hits + fresh
-        arrived.num_computed = arrived.num_written = sequence.num_written
+        arrived.num_computed = arrived.num_written = sequence.num_kept
         arrived.num_cached = sequence.num_cached
         scheduler.finish(sequence, FinishReason.NOT_FINISHED)
         scheduler.insert(arrived)
@@ -145,6 +146,7 @@ class Traffic:
             driver.step()
         assert not driver.scheduler.sequences, "sequences starve"
         driver.step()
+        driver.settle()
         for blocks in self.reserved:
             driver.pool.release(blocks)
         while self.pinned:
