@@ -1,0 +1,1 @@
+"""Workloads: what clients ask and when, from public traces and from published generators."""
