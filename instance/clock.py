@@ -59,8 +59,12 @@ class VirtualClock:
         return self._now
 
     def call_later(self, delay: float, callback: Callable[[], None]) -> TimerHandle:
+        return self.call_at(self._now + max(0.0, delay), callback)
+
+    def call_at(self, due: float, callback: Callable[[], None]) -> TimerHandle:
+        """Call ``callback`` once, at exactly that time, or now if that is past."""
         timer = _VirtualTimer(callback)
-        heapq.heappush(self._queue, (self._now + max(0.0, delay), next(self._order), timer))
+        heapq.heappush(self._queue, (max(self._now, due), next(self._order), timer))
         return timer
 
     def run_next(self) -> bool:

@@ -37,6 +37,7 @@ from instance.request import (
     StepPlan,
     TokenLogprobs,
 )
+from instance.stretch import advance, steady_steps
 
 _RUNNING = SequenceStatus.RUNNING
 _WAITING = SequenceStatus.WAITING
@@ -333,6 +334,38 @@ class Scheduler:
         failed = self.swap.end(job, result)
         if failed is not None:
             insort(self.waiting, failed, key=priority)
+
+    # ---- many steps at once
+
+    def steady_steps(self, launched: StepPlan, planned: StepPlan, most: int) -> int:
+        """How many steps, at most ``most``, will all be decodes of the present batch, as long
+        as nothing comes in between and no token drawn ends a sequence.
+
+        Args:
+            launched: The plan that runs.
+            planned: The one after it.
+        """
+        if self.waiting:
+            return 0
+        return steady_steps(launched, planned, self.running, self._limits, self._tables, most)
+
+    def advance_decodes(
+        self,
+        launched: StepPlan,
+        planned: StepPlan,
+        steps: int,
+        tokens: SequenceOf[SequenceOf[int]],
+    ) -> None:
+        """Do what ``complete``, ``patch`` and ``schedule`` would for so many steps.
+
+        Args:
+            launched: The plan that runs; becomes the one that runs then.
+            planned: The one after it; likewise.
+            steps: At most ``steady_steps``; none of them ends a sequence.
+            tokens: What each row of ``launched`` draws in these steps.
+        """
+        advance(launched, planned, self.running, self._tables, steps, tokens)
+        self._number += steps
 
     # ---- figures and checks
 

@@ -30,6 +30,7 @@ INSTANCE_CORES = (
     "instance/draft.py",
     "instance/limits.py",
     "instance/scheduler.py",
+    "instance/stretch.py",
     "instance/migration/messages.py",
     "instance/migration/epochs.py",
     "instance/migration/source.py",
