@@ -92,7 +92,7 @@ def test_a_long_run_meets_every_case(late: bool) -> None:
 def test_a_long_run_with_a_small_host_pool() -> None:
     rng = random.Random(11)
     driver = SwapDriver(
-        20,
+        12,
         9,
         SwapConfig(preemption=PreemptionMode.SWAP),
         rng,
