@@ -1,5 +1,6 @@
 """The command line: errors, exit codes and what operators see."""
 
+import io
 import json
 import os
 import stat
@@ -7,7 +8,8 @@ import stat
 import httpx
 import pytest
 
-from cluster import cli
+from cluster import cli, operating, top
+from cluster.admin_client import AwayError
 from cluster.local import local_clusters, write_state
 
 STATUS = {
@@ -45,7 +47,32 @@ STATUS = {
             "blocks": 5,
         }
     ],
+    "num_requests": 3,
     "migrations": [],
+    "tenants": [
+        {
+            "tenant": "alpha",
+            "weight": 2.0,
+            "running": 1,
+            "waiting": 0,
+            "counter": 120.4,
+            "behind": 0.0,
+        },
+        {
+            "tenant": "beta",
+            "weight": 1.0,
+            "running": 1,
+            "waiting": 4,
+            "counter": 100.0,
+            "behind": 20.4,
+        },
+    ],
+    "held": 4,
+    "store": {"kind": "redis", "address": "h:6379", "up": False, "error": "refused"},
+    "started": 5.0,
+    "placement": "freeness",
+    "rebalance": True,
+    "counters": {"placements": {"new": 10, "held": 4}, "migrations_started": {"balance": 1}},
 }
 REPORT = {
     "request_id": "chatcmpl-1",
@@ -104,7 +131,7 @@ def test_without_a_command_help_is_shown(capsys) -> None:
     assert "serve" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["serve", "status", "migrate"])
+@pytest.mark.parametrize("command", ["serve", *operating.COMMANDS])
 def test_help_has_examples(command, capsys) -> None:
     assert cli.main([command, "--help"]) == 0
     assert f"drover {command}" in capsys.readouterr().out.partition("examples:")[2]
@@ -120,6 +147,15 @@ def test_status_of_the_cluster_on_this_machine(answers, capsys) -> None:
     assert rows[1] == "instance-0 ready 2 0 25% 321 12.3 here"
     assert rows[2] == "instance-1 draining 0 0 0% - 0.0 here"
     assert rows[5] == "chatcmpl-1 instance-0 migrating standard default 77 5"
+    assert rows[6] == "and 2 more"
+    # The tenant that waits comes first.
+    assert rows[8:11] == [
+        "TENANT WEIGHT RUNNING WAITING COUNTER BEHIND",
+        "beta 1 1 4 100 20",
+        "alpha 2 1 0 120 0",
+    ]
+    assert "4 requests wait in the dispatcher for an instance" in rows
+    assert "the store h:6379 is away: refused" in rows
     ((method, url, _, headers),) = answers["seen"]
     assert (method, url) == ("GET", "http://127.0.0.1:8123/admin/status")
     assert headers == {"Authorization": "Bearer the-key"}
@@ -181,3 +217,106 @@ def test_state_files_are_private_and_those_of_dead_clusters_vanish() -> None:
     path.write_text(json.dumps({**state, "pid": 2**22 + 1}))
     assert local_clusters() == []
     assert not path.exists()
+
+
+def test_the_cluster_may_be_named_in_the_environment(answers, monkeypatch, capsys) -> None:
+    answers["/admin/status"] = (200, STATUS)
+    monkeypatch.setenv("DROVER_URL", "http://elsewhere:9/")
+    monkeypatch.setenv("DROVER_ADMIN_KEY", "from-env")
+    assert cli.main(["status"]) == 0
+    ((_, url, _, headers),) = answers["seen"]
+    assert url == "http://elsewhere:9/admin/status"
+    assert headers == {"Authorization": "Bearer from-env"}
+
+
+def test_a_wrong_key_is_explained(answers, capsys) -> None:
+    write_state("http://127.0.0.1:8123", 8123, "the-key")
+    answers["/admin/status"] = (401, {"error": {"message": "missing or wrong admin key"}})
+    assert cli.main(["status"]) == 1
+    assert "--admin-key or DROVER_ADMIN_KEY" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("order", ["drain", "resume"])
+def test_orders_to_instances(answers, capsys, order) -> None:
+    write_state("http://127.0.0.1:8123", 8123, "the-key")
+    answers[f"/admin/{order}"] = (200, {"instance_id": "instance-1", "state": "some"})
+    assert cli.main([order, "instance-1"]) == 0
+    assert "instance-1" in capsys.readouterr().out
+    assert cli.main([order, "instance-1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "some"
+    assert [seen[2] for seen in answers["seen"]] == 2 * [{"instance_id": "instance-1"}]
+
+
+def instance(name: str, left: int) -> dict:
+    return {"instance_id": name, "running": left, "waiting": 0, "charged": 0}
+
+
+def test_drain_may_wait_until_the_instance_is_empty(answers, capsys, monkeypatch) -> None:
+    write_state("http://127.0.0.1:8123", 8123, "the-key")
+    answers["/admin/drain"] = (200, {"instance_id": "i1", "state": "draining"})
+    answers["/admin/instances"] = (200, {"instances": [instance("i0", 3), instance("i1", 2)]})
+    assert cli.main(["drain", "i1", "--wait", "--timeout", "0"]) == 1
+    assert "i1 still has 2 requests" in capsys.readouterr().err
+
+    def emptied(_: float) -> None:
+        answers["/admin/instances"] = (200, {"instances": [instance("i0", 5), instance("i1", 0)]})
+
+    monkeypatch.setattr(operating.time, "sleep", emptied)
+    assert cli.main(["drain", "i1", "--wait"]) == 0
+    assert "i1 is empty" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["top", "--interval", "0"], ["top", "--iterations", "-1"], ["drain", "i", "--timeout", "x"]],
+)
+def test_values_out_of_range(arguments, capsys) -> None:
+    write_state("http://127.0.0.1:8123", 8123, "the-key")
+    assert cli.main(arguments) == 2
+    assert arguments[-2] in capsys.readouterr().err
+
+
+def test_top_as_text_and_as_json(answers, capsys) -> None:
+    write_state("http://127.0.0.1:8123", 8123, "the-key")
+    answers["/admin/status"] = (200, STATUS)
+    assert cli.main(["top", "--iterations", "2", "--interval", "0.1"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("instance-0") >= 2
+    assert "instances 1/2 ready" in text
+    assert "requests 2 running, 0 waiting, 4 held" in text
+    assert "placed: held 4, new 10 (0.0/s)" in text
+    assert cli.main(["top", "--iterations", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == STATUS
+
+
+def test_rates_are_since_the_last_look_at_the_same_dispatcher() -> None:
+    later = {**STATUS, "counters": {"placements": {"new": 30, "held": 4}}}
+    assert "(10.0/s)" in top.frame(later, (1.0, STATUS), 3.0, "url")
+    restarted = {**later, "started": 6.0}
+    assert "/s)" not in top.frame(restarted, (1.0, STATUS), 3.0, "url")
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_top_goes_on_while_the_cluster_does_not_answer() -> None:
+    answers = [STATUS, AwayError("nobody there"), {**STATUS, "held": 77}]
+
+    def ask():
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    screen = Screen()
+    top.watch(ask, "http://h", 0.0, 3, screen, sleep=lambda _: None)
+    text = screen.getvalue()
+    assert answers == []
+    assert "http://h: nobody there" in text
+    assert text.index("4 held") < text.index("nobody there") < text.index("77 held")
+    # The terminal is given back as it was.
+    assert text.endswith("\x1b[?1049l")
+    with pytest.raises(AwayError):
+        top.watch(lambda: (_ for _ in ()).throw(AwayError("x")), "http://h", 0.0, 1, screen)
