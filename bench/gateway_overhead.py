@@ -41,7 +41,8 @@ from instance.clock import RealClock
 from instance.config import EngineConfig, SchedulerConfig
 from instance.executor import Executor, ModelDescription, StepBatch, StepResult
 from instance.load import InstanceInfo
-from instance.model.modelled import ModelledExecutor, StepCost
+from instance.model.modelled import ModelledExecutor
+from instance.step_cost import StepCost
 
 CONCURRENCY = (1, 32, 128)
 STEP = 0.05

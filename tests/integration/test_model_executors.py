@@ -11,8 +11,9 @@ import torch
 from instance.clock import VirtualClock
 from instance.executor import ModelDescription, StepBatch, StepResult
 from instance.kv.copier import TensorKvPool
-from instance.model.modelled import ModelledExecutor, StepCost
+from instance.model.modelled import ModelledExecutor
 from instance.request import Request, Row, SamplingParams, Sequence, StepPlan
+from instance.step_cost import StepCost
 
 SHAPE = (6, 2, 2, 4, 1, 8)
 

@@ -21,7 +21,8 @@ from instance.actor import InstanceActor
 from instance.clock import RealClock
 from instance.config import EngineConfig
 from instance.executor import Executor, ModelDescription
-from instance.model.modelled import ModelledExecutor, StepCost
+from instance.model.modelled import ModelledExecutor
+from instance.step_cost import StepCost
 from tests.unit.byte_tokenizer import byte_tokenizer
 
 PRINTABLE = range(32, 127)

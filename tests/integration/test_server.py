@@ -20,9 +20,10 @@ from instance.clock import RealClock
 from instance.config import EngineConfig, MigrationConfig, SchedulerConfig
 from instance.executor import ModelDescription
 from instance.load import MigrationReport
-from instance.model.modelled import ModelledExecutor, StepCost
+from instance.model.modelled import ModelledExecutor
 from instance.request import FinishReason, Request, SamplingParams
 from instance.server import InstanceServer
+from instance.step_cost import StepCost
 from protos import generate_pb2 as pb
 from protos import generate_pb2_grpc, migration_pb2_grpc
 from protos import migration_pb2 as mpb
