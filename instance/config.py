@@ -15,12 +15,20 @@ class SchedulerConfig:
         max_num_batched_tokens: Token budget of a step.
         max_model_len: Prompt and output tokens of a sequence at most.
         enable_prefix_caching: Reuse full blocks of equal prefixes.
+        theta: How far ahead of another a tenant must be, in service by weight, before its
+            sequences are preempted for the other's; None: twice what a swap costs.
+        priority_interval: Steps between two readings of the tenants' counters.
+        tpot_targets: Seconds that an output token may take, by class; 0, or none: a few times
+            a step without prefill. Prefill shares steps as far as they allow.
     """
 
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     max_model_len: int = 8192
     enable_prefix_caching: bool = True
+    theta: float | None = None
+    priority_interval: int = 8
+    tpot_targets: tuple[float, ...] = ()
 
 
 class SwapMode(enum.StrEnum):

@@ -13,12 +13,16 @@ class Draft:
     Args:
         plan: Filled by ``finish``; may have rows already.
         budget: Tokens that the step computes at most.
+
+    Attributes:
+        bounded: The budget left is what prefill may have beside the decodes.
     """
 
     def __init__(self, plan: StepPlan, budget: int) -> None:
         self.plan = plan
         self.rows = {row.sequence: row for row in plan.rows}
         self.budget = budget - plan.num_tokens
+        self.bounded = False
 
     def put(self, sequence: Sequence, count: int) -> None:
         """A row for the next ``count`` positions of a sequence that has none."""

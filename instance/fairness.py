@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from instance.request import Account, RequestClass
+from instance.request import Account, RequestClass, Sequence
 
 PROMPT_WEIGHT = 1.0
 """Service of a prompt token that is computed (w_p of VTC)."""
@@ -55,6 +55,37 @@ class ServiceCounters(Protocol):
     def waiting_ends(self, account: Account, request_id: str, moved: bool = False) -> None:
         """It no longer waits here. ``moved``: it has left for another instance, so whether
         it waits is no longer for this one to say."""
+
+
+def charge_work(counters: ServiceCounters, sequence: Sequence, start: int, end: int) -> None:
+    """Charge what a step did for a sequence; its tokens are known already.
+
+    The tenant pays for each prompt token beyond those cached at first admission, and for
+    each output token, once: what is charged in all does not depend on how often the
+    sequence lost its KV, or where it ran. The rest is the system's.
+
+    Args:
+        sequence: Its marks ``charged_prompt`` and ``charged_output`` move up. While it is
+            silent nothing is charged; the next charge makes up for that.
+        start: First position computed.
+        end: The one after the last.
+    """
+    if sequence.silent:
+        return
+    paid = max(sequence.charged_prompt, sequence.num_cached)
+    if sequence.charged_output:
+        # The last output token charged was drawn, but its position is yet to be computed.
+        done = sequence.num_prompt + sequence.charged_output - 1
+    else:
+        done = paid
+    if start < done:
+        counters.charge_system(min(end, done) - start)
+    prompt = max(0, min(end, sequence.num_prompt) - paid)
+    output = max(0, sequence.num_output - sequence.charged_output)
+    if prompt or output:
+        counters.charge(sequence.account, prompt, output)
+    sequence.charged_prompt = paid + prompt
+    sequence.charged_output += output
 
 
 @dataclass(slots=True)

@@ -17,20 +17,25 @@ Between ``complete`` and ``patch`` no step is launched, so ``take_out``, ``put_b
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from instance.budget import TokenBudget
 from instance.config import SchedulerConfig
 from instance.draft import Draft
+from instance.fairness import ServiceCounters, TenantCounters, charge_work
 from instance.kv.blocks import BlockPool, IntegrityError
 from instance.kv.swap import CopyJob, HostSpace, Swap
 from instance.kv.tables import BlockTables
 from instance.limits import Limits
+from instance.planner import Planner, PlannerFigures
+from instance.priority import Priorities, least_gap, recompute_cost
+from instance.queues import Queues
 from instance.request import (
+    Account,
     FinishReason,
     Sequence,
     SequenceStatus,
@@ -64,12 +69,6 @@ class Emission:
     logprobs: tuple[TokenLogprobs, ...] = ()
 
 
-def priority(sequence: Sequence) -> tuple[int, float, str]:
-    """Sort key: what is smaller is served first and preempted last."""
-    request = sequence.request
-    return request.request_class, request.arrival, request.request_id
-
-
 class Scheduler:
     """Owns the sequences of an instance and their blocks.
 
@@ -81,14 +80,16 @@ class Scheduler:
         pool: Blocks; only the scheduler hands them to sequences.
         salt: What KV depends on besides tokens (model, dtype); roots the block hashes.
         host: Memory to which KV may be swapped; None where there is none.
+        counters: Who keeps the tenants' service; None: this instance by itself.
 
     Attributes:
         sequences: Live sequences by request id, in whatever state.
         running: Sequences in the batch, by priority.
         waiting: The queue, by priority.
         swap: The books of KV on the host; None where there is none.
-        num_blocked: Running sequences that the last plan left out since the blocks they need
-            are still being copied from.
+        counters: Who keeps the tenants' service.
+        priorities: Ranks, and who may displace whom.
+        budget: Bounds the prefill of a step; learns from the steps it is told of.
     """
 
     def __init__(
@@ -97,20 +98,40 @@ class Scheduler:
         pool: BlockPool,
         salt: bytes = b"",
         host: HostSpace | None = None,
+        counters: ServiceCounters | None = None,
     ) -> None:
         if config.max_num_seqs < 1 or config.max_num_batched_tokens < 1:
             raise ValueError("max_num_seqs and max_num_batched_tokens must be at least 1")
+        if config.priority_interval < 1:
+            raise ValueError("priority_interval must be at least 1")
         self.config = config
         self.pool = pool
         self.max_num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
         self.sequences: dict[str, Sequence] = {}
-        self.running: list[Sequence] = []
-        self.waiting: list[Sequence] = []
         host_pool = None if host is None else BlockPool(host.num_blocks, pool.block_size)
         self._tables = BlockTables(pool, salt, config.enable_prefix_caching, host_pool)
         self.swap = None if host is None else Swap(self._tables, host)
-        self.num_blocked = 0
+        self.counters: ServiceCounters = TenantCounters() if counters is None else counters
+        self.priorities = Priorities(
+            self.counters,
+            config.theta,
+            recompute_cost if self.swap is None else self.swap.cost.swap_service,
+            least_gap(self.max_num_seqs, config.priority_interval),
+        )
+        self.budget = TokenBudget(config.max_num_batched_tokens, config.tpot_targets)
+        self._queues = Queues(self.priorities)
+        self.running, self.waiting = self._queues.running, self._queues.waiting
         self._limits = Limits(config, pool)
+        self._planner = Planner(
+            self._queues,
+            self.sequences,
+            self._tables,
+            self.swap,
+            self._limits,
+            self.budget,
+            self.max_num_seqs,
+            config.priority_interval,
+        )
         self._number = 0
 
     # ---- sequences come and go
@@ -123,9 +144,8 @@ class Scheduler:
                 or it could never fit the pool.
         """
         self._check_new(sequence)
-        sequence.status = _WAITING
         self.sequences[sequence.request_id] = sequence
-        insort(self.waiting, sequence, key=priority)
+        self._queues.wait(sequence)
 
     def insert(self, sequence: Sequence) -> None:
         """Run a sequence that arrived by migration, with its KV in blocks already held.
@@ -148,9 +168,8 @@ class Scheduler:
                 f"{computed} computed, {sequence.num_written} written, "
                 f"{sequence.num_in_flight} in flight, {len(sequence.block_table)} blocks"
             )
-        sequence.status = _RUNNING
         self.sequences[sequence.request_id] = sequence
-        insort(self.running, sequence, key=priority)
+        self._queues.run(sequence)
         self._tables.seal(sequence)
 
     def abort(self, request_id: str) -> Sequence | None:
@@ -170,7 +189,10 @@ class Scheduler:
         """
         if self.sequences.get(sequence.request_id) is not sequence:
             raise IntegrityError(f"{sequence.request_id} is not a live sequence here")
-        self._leave(sequence)
+        self._queues.leave(sequence)
+        self._planner.forget(sequence)
+        moved = reason is FinishReason.NOT_FINISHED
+        self.counters.waiting_ends(sequence.account, sequence.request_id, moved)
         del self.sequences[sequence.request_id]
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = reason
@@ -200,7 +222,8 @@ class Scheduler:
                 f"{sequence.request_id}: {sequence.num_in_flight} tokens in flight, "
                 f"{sequence.num_computed} computed, {sequence.num_written} written"
             )
-        self._leave(sequence)
+        self._queues.leave(sequence)
+        self._planner.forget(sequence)
         sequence.status = _HANDOVER
         if not sequence.num_kept:
             self._tables.release(sequence)  # blocks of a first row that was dropped
@@ -214,11 +237,15 @@ class Scheduler:
         if sequence.status is not _HANDOVER:
             raise IntegrityError(f"{sequence.request_id} is {sequence.status}, not in handover")
         if sequence.num_computed:
-            sequence.status = _RUNNING
-            insort(self.running, sequence, key=priority)
+            self._queues.run(sequence)
         else:
-            sequence.status = _WAITING
-            insort(self.waiting, sequence, key=priority)
+            self._queues.wait(sequence)
+
+    def grant(self, sequence: Sequence) -> None:
+        """The home granted a sequence that was silent: charge what was drawn until now."""
+        sequence.silent = False
+        if sequence.num_output > sequence.charged_output:
+            charge_work(self.counters, sequence, sequence.num_prompt, sequence.num_prompt)
 
     # ---- steps
 
@@ -232,9 +259,7 @@ class Scheduler:
         self._number += 1
         plan = StepPlan(self._number)
         draft = Draft(plan, self.config.max_num_batched_tokens)
-        self._catch_up(draft)
-        if not plan.preempted:
-            self._admit(draft)
+        self._planner.fill(draft, may_preempt=True)
         draft.finish()
         return plan
 
@@ -250,10 +275,7 @@ class Scheduler:
         for row in plan.rows:
             if row.sequence.status is not _RUNNING:
                 draft.drop(row.sequence)
-        self._catch_up(draft)
-        # A plan left empty must not wait for a step that will never end.
-        if not plan.preempted or not draft.rows:
-            self._admit(draft)
+        self._planner.fill(draft, may_preempt=False)
         draft.finish()
         if self.swap is not None:
             self.swap.begin()
@@ -293,6 +315,7 @@ class Scheduler:
         if draws != len(tokens):
             raise ValueError(f"step {plan.number}: {len(tokens)} tokens for {draws} rows")
         emissions: list[Emission] = []
+        decoded: dict[Account, int] = {}
         following = 0
         for sequence, start, count, samples in plan.rows:
             draw = following
@@ -308,10 +331,12 @@ class Scheduler:
                 sequence.num_written = start + count
             if not samples:
                 self._tables.seal(sequence)
+                charge_work(self.counters, sequence, start, start + count)
                 continue
             index = sequence.num_output
             sequence.num_in_flight -= 1
             if draw in errors:
+                charge_work(self.counters, sequence, start, start + count)
                 emissions.append(self.fail(sequence, errors[draw]))
                 continue
             sequence.tokens.append(tokens[draw])
@@ -319,11 +344,18 @@ class Scheduler:
             if draw in logprobs:
                 figures = (logprobs[draw],)
                 sequence.logprobs.append(logprobs[draw])
+            if count == 1 and index and index == sequence.charged_output and not sequence.silent:
+                sequence.charged_output = index + 1  # as nearly always: charged together below
+                decoded[sequence.account] = decoded.get(sequence.account, 0) + 1
+            else:
+                charge_work(self.counters, sequence, start, start + count)
             self._tables.seal(sequence)
             reason = self._limits.finish_reason(sequence)
             if reason is not FinishReason.NOT_FINISHED:
                 self.finish(sequence, reason)
             emissions.append(Emission(sequence, index, (tokens[draw],), reason, figures))
+        for account, number in decoded.items():
+            self.counters.charge(account, 0, number)
         if self.swap is not None:
             self.swap.begin()
         return emissions
@@ -333,7 +365,7 @@ class Scheduler:
         assert self.swap is not None
         failed = self.swap.end(job, result)
         if failed is not None:
-            insort(self.waiting, failed, key=priority)
+            self._queues.wait(failed)
 
     # ---- many steps at once
 
@@ -364,14 +396,33 @@ class Scheduler:
             steps: At most ``steady_steps``; none of them ends a sequence.
             tokens: What each row of ``launched`` draws in these steps.
         """
+        for sequence in (row.sequence for row in launched.rows):
+            if not sequence.silent:
+                sequence.charged_output += steps
+                self.counters.charge(sequence.account, 0, steps)
         advance(launched, planned, self.running, self._tables, steps, tokens)
         self._number += steps
 
     # ---- figures and checks
 
+    @property
+    def figures(self) -> PlannerFigures:
+        """What was preempted and paused so far."""
+        return self._planner.figures
+
+    @property
+    def num_blocked(self) -> int:
+        """Running sequences that the last plan left out since the blocks they need are still
+        being copied from."""
+        return self._planner.num_blocked
+
+    def is_paused(self, sequence: Sequence) -> bool:
+        """It is in the batch, but its prefill stands still for one further behind."""
+        return self._planner.paused(sequence)
+
     def has_work(self) -> bool:
         """Something runs or waits; sequences in handover are not work."""
-        return bool(self.running or self.waiting or self._num_loading)
+        return bool(self.running or self.waiting or self._planner.num_loading)
 
     def waiting_blocks(self) -> int:
         """Blocks that the waiting sequences want for their known tokens."""
@@ -410,125 +461,19 @@ class Scheduler:
             if status is _WAITING and (sequence.block_table or computed) and not leaves:
                 raise IntegrityError(f"{request_id} is waiting but holds KV")
         for name, queue in (("running", self.running), ("waiting", self.waiting)):
-            if queue != sorted(queue, key=priority):
-                raise IntegrityError(f"the {name} queue is not in order")
             for sequence in queue:
                 if self.sequences.get(sequence.request_id) is not sequence:
                     raise IntegrityError(f"{sequence.request_id} is {name} but not live")
+        self._queues.check_order()
         if sum(1 for s in self.sequences.values() if s.status is not _HANDOVER) != (
-            len(self.running) + len(self.waiting) + self._num_loading
+            len(self.running) + len(self.waiting) + self._planner.num_loading
         ):
             raise IntegrityError("a sequence is queued twice")
         self.pool.check_integrity(refs)
         if self.swap is not None:
             self.swap.check_integrity(self.sequences.values())
 
-    # ---- planning
-
-    def _catch_up(self, draft: Draft) -> None:
-        """Rows for running sequences that have none: decodes, then prefills in chunks."""
-        self._enter_loaded()
-        self.num_blocked = 0
-        prefills: list[Sequence] = []
-        rows = draft.rows
-        for sequence in self.running[:]:
-            if sequence in rows or sequence.status is not _RUNNING or sequence.held:
-                continue
-            remaining = sequence.num_tokens - sequence.num_computed
-            if remaining > 1:
-                prefills.append(sequence)
-            elif (
-                remaining == 1
-                and not self._limits.is_last(sequence)
-                and len(rows) < self.max_num_seqs
-                and draft.make_room()
-                and self._grow(draft, sequence, 1)
-            ):
-                draft.put(sequence, 1)
-        for sequence in prefills:
-            if sequence.status is not _RUNNING:
-                continue  # preempted by another's growth
-            if not draft.budget or len(rows) >= self.max_num_seqs:
-                break
-            count = min(sequence.num_tokens - sequence.num_computed, draft.budget)
-            if self._grow(draft, sequence, count):
-                draft.put(sequence, count)
-
-    def _admit(self, draft: Draft) -> None:
-        """Waiting sequences enter strictly in order: a head that does not fit yet waits.
-
-        Held ones, and those whose KV is in a copy, are passed over. One swapped-out sequence
-        is fetched ahead of a place in the batch.
-        """
-        at = 0
-        while at < len(self.waiting):
-            sequence = self.waiting[at]
-            if sequence.held or self._is_busy(sequence):
-                at += 1
-                continue
-            entering = len(self.running) + self._num_loading
-            ahead = not (
-                draft.budget
-                and len(draft.rows) < self.max_num_seqs
-                and entering < self.max_num_seqs
-            )
-            if ahead and not (sequence.num_swapped and entering <= self.max_num_seqs):
-                break
-            newcomer = sequence.num_cached < 0
-            # A preempted sequence whose last token is not known yet is not whole. A free
-            # block is left for each running sequence, so that the newcomer's entry is not
-            # paid with a preemption at the next block border.
-            if sequence.num_in_flight or not self._tables.place(sequence, len(self.running)):
-                break
-            del self.waiting[at]
-            if self.swap is not None and self.swap.load(sequence, newcomer, ahead):
-                continue
-            sequence.status = _RUNNING
-            insort(self.running, sequence, key=priority)
-            draft.put(sequence, min(sequence.num_tokens - sequence.num_computed, draft.budget))
-
-    def _enter_loaded(self) -> None:
-        """Sequences whose KV is back join the batch, as far as it has places."""
-        if self.swap is not None and self.swap.loaded:
-            for sequence in self.swap.take_loaded(self.max_num_seqs - len(self.running)):
-                sequence.status = _RUNNING
-                insort(self.running, sequence, key=priority)
-
-    def _grow(self, draft: Draft, sequence: Sequence, count: int) -> bool:
-        """Blocks for ``count`` more positions, preempting others if need be.
-
-        The victim is the running sequence of lowest priority; false if that is the growing
-        sequence itself, or if blocks enough come free once copies from them have ended.
-        """
-        wanted = sequence.num_computed + count
-        while not self._tables.grow(sequence, wanted):
-            missing = self._tables.blocks_for(wanted) - len(sequence.block_table)
-            if self.swap is not None and self.swap.frees(missing):
-                self.num_blocked += 1
-                return False
-            victim = self.running[-1]
-            self._preempt(draft, victim)
-            if victim is sequence:
-                return False
-        return True
-
-    def _preempt(self, draft: Draft, victim: Sequence) -> None:
-        draft.drop(victim)
-        draft.plan.preempted.append(victim)
-        self._leave(victim)
-        victim.status = _WAITING
-        if self.swap is None or not self.swap.leave(victim, self.sequences.values()):
-            # Full blocks stay in the prefix cache, so what is not overwritten until the
-            # victim returns is not computed again.
-            self._tables.release(victim)
-        victim.num_preemptions += 1
-        insort(self.waiting, victim, key=priority)
-
     # ---- small parts
-
-    @property
-    def _num_loading(self) -> int:
-        return 0 if self.swap is None else self.swap.num_loading
 
     def _is_busy(self, sequence: Sequence) -> bool:
         return self.swap is not None and self.swap.busy(sequence)
@@ -537,16 +482,3 @@ class Scheduler:
         if sequence.request_id in self.sequences:
             raise ValueError(f"request {sequence.request_id} is already here")
         self._limits.check(sequence)
-
-    def _leave(self, sequence: Sequence) -> None:
-        """Out of the queue that the sequence is in, if any."""
-        if sequence.status is _RUNNING:
-            queue = self.running
-        elif sequence.status is _WAITING:
-            queue = self.waiting
-        else:
-            return
-        index = bisect_left(queue, priority(sequence), key=priority)
-        if index == len(queue) or queue[index] is not sequence:
-            raise IntegrityError(f"{sequence.request_id} is {sequence.status} but not queued")
-        del queue[index]

@@ -40,11 +40,7 @@ class BlockTables:
             spare: Blocks that must stay free; false, with nothing changed, if they cannot.
         """
         pool = self.pool
-        hits: list[int] = []
-        if self.prefix_caching:
-            self.hash(sequence)
-            most = (len(sequence.tokens) - 1) // pool.block_size
-            hits = pool.match(sequence.tokens, sequence.block_hashes[:most])
+        hits = self.hits(sequence)
         wanted = self.blocks_for(len(sequence.tokens)) - len(hits)
         if wanted + pool.num_idle(hits) + spare > pool.num_free:
             return False
@@ -58,6 +54,20 @@ class BlockTables:
         if sequence.num_cached < 0:
             sequence.num_cached = min(sequence.num_computed, sequence.num_prompt)
         return True
+
+    def hits(self, sequence: Sequence) -> list[int]:
+        """Cached blocks that the sequence would begin with; one token is left to compute."""
+        if not self.prefix_caching:
+            return []
+        self.hash(sequence)
+        most = (len(sequence.tokens) - 1) // self.pool.block_size
+        return self.pool.match(sequence.tokens, sequence.block_hashes[:most])
+
+    def shortfall(self, sequence: Sequence, spare: int) -> int:
+        """Blocks that are missing for ``place``; 0 or less where it would succeed."""
+        hits = self.hits(sequence)
+        wanted = self.blocks_for(len(sequence.tokens)) - len(hits)
+        return wanted + self.pool.num_idle(hits) + spare - self.pool.num_free
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Make room for the KV of so many tokens; false if the pool has too few blocks."""
