@@ -20,7 +20,7 @@ from cluster.config import ServeConfig
 from cluster.flags import flags_of, load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
-MANIFESTS = sorted((ROOT / "deploy").rglob("*.yaml"))
+MANIFESTS = sorted((ROOT / "deploy" / "kuberay").rglob("*.yaml"))
 CONTAINERFILE = ROOT / "deploy" / "Containerfile"
 RAYCLUSTER = json.loads((ROOT / "tests/data/raycluster.schema.json").read_text(encoding="utf-8"))
 KUBERNETES = "1.34"
