@@ -21,16 +21,17 @@ class Draft:
     def __init__(self, plan: StepPlan, budget: int) -> None:
         self.plan = plan
         self.rows = {row.sequence: row for row in plan.rows}
-        self.budget = budget - plan.num_tokens
+        self.budget = budget - (plan.num_tokens if plan.rows else 0)
         self.bounded = False
 
     def put(self, sequence: Sequence, count: int) -> None:
         """A row for the next ``count`` positions of a sequence that has none."""
         start = sequence.num_computed
-        samples = start + count == sequence.num_tokens
+        end = start + count
+        samples = end == len(sequence.tokens) + sequence.num_in_flight
         self.rows[sequence] = Row(sequence, start, count, samples)
         self.budget -= count
-        sequence.num_computed = start + count
+        sequence.num_computed = end
         if samples:
             sequence.num_in_flight += 1
 
@@ -57,6 +58,9 @@ class Draft:
 
     def finish(self) -> None:
         """Write the rows back: decodes first, each kind in the order of entry."""
-        rows = self.rows.values()
-        self.plan.rows = [row for row in rows if row.length == 1 and row.samples]
-        self.plan.rows += [row for row in rows if row.length != 1 or not row.samples]
+        decodes: list[Row] = []
+        others: list[Row] = []
+        for row in self.rows.values():
+            _, _, length, samples = row
+            (decodes if length == 1 and samples else others).append(row)
+        self.plan.rows = decodes + others

@@ -25,10 +25,10 @@ class Limits:
 
     def is_last(self, sequence: Sequence) -> bool:
         """Whether the last token allowed is drawn already, known or not."""
-        return sequence.num_tokens >= self.length(sequence)
+        return len(sequence.tokens) + sequence.num_in_flight >= sequence.max_length
 
     def check(self, sequence: Sequence) -> None:
-        """Refuse what could not end here.
+        """Note where a sequence ends here, or refuse it.
 
         Raises:
             ValueError: The prompt is empty, no token is left to draw, or the pool is too
@@ -37,7 +37,7 @@ class Limits:
         name = sequence.request_id
         if not sequence.num_prompt:
             raise ValueError(f"request {name} has an empty prompt")
-        limit = self.length(sequence)
+        limit = sequence.max_length = self.length(sequence)
         if len(sequence.tokens) >= limit:
             raise ValueError(
                 f"request {name}: no token is left to draw: {len(sequence.tokens)} known, "
@@ -62,6 +62,6 @@ class Limits:
             sequence.num_output > params.min_tokens or params.grammar is not None
         ):
             return FinishReason.STOP
-        if len(sequence.tokens) >= self.length(sequence):
+        if len(sequence.tokens) >= sequence.max_length:
             return FinishReason.LENGTH
         return FinishReason.NOT_FINISHED

@@ -142,7 +142,7 @@ class Planner:
         for sequence in self._running[:]:
             if sequence in rows or sequence.status is not _RUNNING or sequence.held:
                 continue
-            remaining = sequence.num_tokens - sequence.num_computed
+            remaining = len(sequence.tokens) + sequence.num_in_flight - sequence.num_computed
             if remaining > 1:
                 behind.append(sequence)
             elif (

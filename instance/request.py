@@ -183,6 +183,7 @@ class Sequence:
         tokens: Prompt and output.
         stop_token_ids: Tokens that end the sequence (the model's own included).
         block_table: Pool block ids, in order.
+        max_length: Tokens at which it ends; known once an instance has taken it on.
         num_cached: Prompt tokens found in the prefix cache at first admission; -1 before.
         acked: Output tokens that the home has acknowledged.
         host_table: Host blocks that hold, or are getting, copies of the leading blocks.
@@ -213,6 +214,7 @@ class Sequence:
     num_in_flight: int = 0
     num_computed: int = 0
     num_written: int = 0
+    max_length: int = 0
     num_cached: int = -1
     charged_prompt: int = 0
     charged_output: int = 0
