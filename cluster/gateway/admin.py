@@ -8,6 +8,8 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from pydantic import BaseModel
+from starlette.datastructures import QueryParams
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
@@ -17,7 +19,7 @@ from cluster.gateway import schemas
 from cluster.gateway.api import OpenAIApi, json_response
 from cluster.gateway.auth import AdminKey
 from cluster.gateway.connection import read_body
-from cluster.gateway.errors import ApiError, from_failure
+from cluster.gateway.errors import ApiError, from_failure, invalid
 from cluster.gateway.metrics import GatewayMetrics
 from cluster.gateway.router import RequestFailed, Router
 
@@ -27,7 +29,12 @@ _MAX_BODY = 64 * 1024
 _FIGURES_TIMEOUT = 2.0
 """Seconds that a scrape waits for the dispatcher; scrapers wait ten by default."""
 # What the dispatcher says of an order that it cannot follow.
-_STATUSES = {"unknown_request": 404, "unknown_instance": 404, "conflict": 409}
+_STATUSES = {
+    "unknown_request": 404,
+    "unknown_instance": 404,
+    "conflict": 409,
+    "invalid_value": 400,
+}
 
 
 def version() -> str:
@@ -81,10 +88,16 @@ class OperatorApi:
             Route("/version", self.show_version, methods=["GET"]),
             admin("status", "GET", self.status),
             admin("check", "GET", self.check),
+            admin("instances", "GET", self.instances),
             admin("requests", "GET", self.requests),
+            admin("tenants", "GET", self.tenants),
+            admin("tenants/{tenant}", "PATCH", self.set_tenant),
+            admin("policies", "GET", self.policies),
+            admin("policies", "PATCH", self.set_policies),
             admin("migrate", "POST", self.migrate),
             admin("drain", "POST", self.drain),
             admin("resume", "POST", self.resume),
+            admin("role", "POST", self.set_role),
         ]
 
     # ---- for anybody
@@ -144,14 +157,56 @@ class OperatorApi:
         """Integrity and use of every instance's block pool."""
         return json_response(await self._dispatcher("check"))
 
+    async def instances(self, http: HttpRequest) -> Response:
+        """Every instance that is not gone, and its load."""
+        return json_response({"instances": await self._dispatcher("instances")})
+
     async def requests(self, http: HttpRequest) -> Response:
-        """The requests whose home is this gateway."""
+        """The requests whose home is this gateway, or with ``scope=cluster`` all of them."""
+        query = http.query_params
+        match query.get("scope", "gateway"):
+            case "gateway":
+                _only(query, "scope")
+                own = self._router.describe_requests()
+                return json_response({"gateway_id": self._config.gateway_id, "requests": own})
+            case "cluster":
+                _only(query, "scope", "limit", "instance_id", "tenant")
+                limit = query.get("limit", "256")
+                if not (limit.isdecimal() and limit.isascii() and len(limit) <= 6):
+                    raise invalid("limit: not a whole number below a million", "limit")
+                found = await self._dispatcher(
+                    "requests", int(limit), query.get("instance_id", ""), query.get("tenant", "")
+                )
+                return json_response(found)
+        raise invalid("scope: neither 'gateway' nor 'cluster'", "scope")
+
+    async def tenants(self, http: HttpRequest) -> Response:
+        """Tenants: weight and limits, service had, and how far apart those who wait are."""
+        return json_response(await self._dispatcher("tenants"))
+
+    async def set_tenant(self, http: HttpRequest) -> Response:
+        """Change a tenant's weight or limits; answers with what holds now."""
+        changes = _changes(schemas.validate(schemas.TenantBody, await _object(http)))
+        tenant = http.path_params["tenant"]
+        return json_response(await self._dispatcher("set_tenant", tenant, changes, _who(http)))
+
+    async def policies(self, http: HttpRequest) -> Response:
+        """The policies in force, those that exist, and who changed what."""
+        return json_response(await self._dispatcher("policies"))
+
+    async def set_policies(self, http: HttpRequest) -> Response:
+        """Change policies; with ``dry_run`` only say what would have been decided."""
+        body = schemas.validate(schemas.PoliciesBody, await _object(http))
+        changes = _changes(body, "dry_run")
         return json_response(
-            {
-                "gateway_id": self._config.gateway_id,
-                "requests": self._router.describe_requests(),
-            }
+            await self._dispatcher("set_policies", changes, body.dry_run, _who(http))
         )
+
+    async def set_role(self, http: HttpRequest) -> Response:
+        """Change what an instance is for."""
+        body = schemas.validate(schemas.RoleBody, await _object(http))
+        await self._dispatcher("set_role", body.instance_id, body.role)
+        return json_response({"instance_id": body.instance_id, "role": body.role})
 
     async def migrate(self, http: HttpRequest) -> Response:
         """Move a request; answers when the attempt has ended, whatever its outcome."""
@@ -193,7 +248,7 @@ def _dispatcher_error(error: Exception) -> Exception:
     cause = getattr(error, "cause", None)
     code = getattr(cause, "code", None)
     if isinstance(code, str) and code in _STATUSES:
-        return ApiError(_STATUSES[code], str(cause), code=code)
+        return ApiError(_STATUSES[code], str(cause), code=code, param=getattr(cause, "param", None))
     if isinstance(cause, ValueError):
         return ApiError(404, str(cause), code="not_found")
     # A name without an actor is a ValueError, an actor that died an error of Ray's own.
@@ -202,6 +257,28 @@ def _dispatcher_error(error: Exception) -> Exception:
     ):
         return ApiError(503, "the dispatcher does not answer", retry_after=2)
     return error
+
+
+def _changes(body: BaseModel, *beside: str) -> dict[str, Any]:
+    """The fields that were given, without those that are no change."""
+    changes = body.model_dump(exclude_unset=True, exclude=set(beside))
+    if not changes:
+        known = sorted(set(type(body).model_fields) - set(beside))
+        raise invalid(f"nothing to change: give one of {', '.join(known)}")
+    return changes
+
+
+def _only(query: QueryParams, *known: str) -> None:
+    for name in query:
+        if name not in known:
+            raise invalid(f"unknown parameter {name[:40]!r}; known: {', '.join(known)}", name[:40])
+
+
+def _who(http: HttpRequest) -> str:
+    """Who gives an order, for the audit log: what the header says, and from where."""
+    name = http.headers.get("x-drover-operator", "")[:64]
+    host = http.client.host if http.client else "?"
+    return f"{name} ({host})" if name else host
 
 
 async def _object(http: HttpRequest) -> dict[str, Any]:

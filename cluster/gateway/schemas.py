@@ -312,6 +312,34 @@ class InstanceBody(BaseModel):
     instance_id: Annotated[str, Field(min_length=1)]
 
 
+class RoleBody(InstanceBody):
+    """``POST /admin/role``."""
+
+    role: Literal["mixed", "prefill", "decode"]
+
+
+class TenantBody(BaseModel):
+    """``PATCH /admin/tenants/TENANT``; what is not given stays."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    max_queued: Annotated[int, Field(ge=0)] | None = None
+    classes: (
+        Annotated[list[Literal["interactive", "standard", "batch"]], Field(min_length=1)] | None
+    ) = None
+
+
+class PoliciesBody(BaseModel):
+    """``PATCH /admin/policies``; what is not given stays."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    placement: Annotated[str, Field(min_length=1)] | None = None
+    rebalance: bool | None = None
+    dry_run: bool = False
+
+
 # ---- parsing
 
 

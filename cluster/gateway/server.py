@@ -217,9 +217,11 @@ _ROUTES = frozenset(
     (
         "/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize",
         "/health", "/live", "/metrics", "/version", "/admin/status", "/admin/check",
-        "/admin/requests", "/admin/migrate", "/admin/drain", "/admin/resume",
+        "/admin/instances", "/admin/requests", "/admin/tenants", "/admin/policies",
+        "/admin/migrate", "/admin/drain", "/admin/resume", "/admin/role",
     )
 )  # fmt: skip
+_PARTS = (("/v1/models/", "/v1/models/{model}"), ("/admin/tenants/", "/admin/tenants/{tenant}"))
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 
 
@@ -227,7 +229,7 @@ def _route(scope: Mapping[str, Any]) -> tuple[str, str]:
     """Method and route of a request as labels, whose values are bounded."""
     path = scope["path"]
     if path not in _ROUTES:
-        path = "/v1/models/{model}" if path.startswith("/v1/models/") else "other"
+        path = next((name for start, name in _PARTS if path.startswith(start)), "other")
     method = scope["method"]
     return method if method in _METHODS else "other", path
 

@@ -603,6 +603,71 @@ async def test_admin(gateway: Gateway) -> None:
     ]
 
 
+async def test_admin_of_the_whole_cluster(gateway: Gateway) -> None:
+    router, http = gateway.router, gateway.http
+    router.answer = [{"instance_id": "instance-0"}]
+    assert (await http.get("/admin/instances", headers=ADMIN)).json() == {
+        "instances": router.answer
+    }
+    router.answer = {"ok": True}
+    who = {**ADMIN, "x-drover-operator": "ann"}
+    for method, path, body, call in (
+        ("GET", "requests?scope=cluster", None, ("requests", 256, "", "")),
+        (
+            "GET",
+            "requests?scope=cluster&limit=5&instance_id=i&tenant=t",
+            None,
+            ("requests", 5, "i", "t"),
+        ),
+        ("GET", "tenants", None, ("tenants",)),
+        (
+            "PATCH",
+            "tenants/a%20b",
+            {"weight": 2, "max_queued": None},
+            ("set_tenant", "a b", {"weight": 2.0, "max_queued": None}, "ann (127.0.0.1)"),
+        ),
+        ("GET", "policies", None, ("policies",)),
+        (
+            "PATCH",
+            "policies",
+            {"placement": "random", "dry_run": True},
+            ("set_policies", {"placement": "random"}, True, "ann (127.0.0.1)"),
+        ),
+        ("POST", "role", {"instance_id": "i", "role": "decode"}, ("set_role", "i", "decode")),
+    ):
+        router.calls.clear()
+        answer = await http.request(method, f"/admin/{path}", json=body, headers=who)
+        assert answer.status_code == 200, answer.text
+        assert router.calls == [call]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "param"),
+    [
+        ("PATCH", "tenants/a", {"weight": 0}, "weight"),
+        ("PATCH", "tenants/a", {"weight": "2"}, "weight"),
+        ("PATCH", "tenants/a", {"max_queued": -1}, "max_queued"),
+        ("PATCH", "tenants/a", {"wieght": 1}, "wieght"),
+        ("PATCH", "tenants/a", {}, None),
+        ("PATCH", "policies", {"dry_run": True}, None),
+        ("PATCH", "policies", {"rebalance": "on"}, "rebalance"),
+        ("POST", "role", {"instance_id": "i", "role": "king"}, "role"),
+        ("POST", "role", {"role": "mixed"}, "instance_id"),
+        ("GET", "requests?scope=world", None, "scope"),
+        ("GET", "requests?scope=cluster&limit=-1", None, "limit"),
+        ("GET", "requests?tenant=a", None, "tenant"),
+    ],
+)
+async def test_admin_says_what_is_wrong(
+    gateway: Gateway, method: str, path: str, body: Any, param: str | None
+) -> None:
+    answer = await gateway.http.request(method, f"/admin/{path}", json=body, headers=ADMIN)
+    assert answer.status_code == 400
+    error = error_of(answer)
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert gateway.router.calls == []
+
+
 class Wrapped(Exception):
     """As Ray wraps what an actor raises."""
 
@@ -613,6 +678,23 @@ class Wrapped(Exception):
 
 class Coded(Exception):
     code = "unknown_request"
+
+
+class Invalid(Exception):
+    code = "invalid_value"
+    param = "placement"
+
+
+async def test_a_value_that_the_dispatcher_refuses(gateway: Gateway) -> None:
+    gateway.router.answer = Wrapped(Invalid("no policy 'x'"))
+    answer = await gateway.http.patch("/admin/policies", json={"placement": "x"}, headers=ADMIN)
+    assert answer.status_code == 400
+    assert error_of(answer) == {
+        "message": "no policy 'x'",
+        "type": "invalid_request_error",
+        "param": "placement",
+        "code": "invalid_value",
+    }
 
 
 @pytest.mark.parametrize(
