@@ -49,7 +49,7 @@ class DispatcherReporter:
                 self._info = news
                 self._joined = False
             else:
-                self._report = news
+                self._report = news.after(self._report)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
                 self._thread.start()
@@ -72,15 +72,20 @@ class DispatcherReporter:
                 if report is not None and not self._call("report", report):
                     with self._condition:
                         self._joined = False
-                        self._report = self._report or report
+                        self._put_back(report)
                 retry = FIRST_RETRY
             except Exception as error:
                 logger.debug("the dispatcher is away: %s", error)
                 self._handle = None
                 with self._condition:
-                    self._report = self._report or report
+                    self._put_back(report)
                     self._condition.wait(retry)
                 retry = min(2 * retry, LAST_RETRY)
+
+    def _put_back(self, report: LoadReport | None) -> None:
+        """A report was not taken, or it is not known whether it was."""
+        if report is not None:
+            self._report = report if self._report is None else self._report.after(report)
 
     def _call(self, method: str, argument: InstanceInfo | LoadReport) -> Any:
         import ray

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from instance.config import EngineConfig
 from instance.executor import Executor
-from instance.load import InstanceInfo, MigrationReport
+from instance.load import InstanceInfo, MigrationReport, Role
 from instance.model.resolve import Progress
 from instance.model.runner import TorchExecutor
 from instance.server import InstanceServer, Reporter
@@ -134,6 +134,23 @@ class InstanceActor:
             self._ready().report_soon()
 
         self._run(set_draining())
+
+    def set_role(self, role: Role) -> None:
+        """Say in the reports what this instance is for."""
+
+        async def set_role() -> None:
+            self._ready().role = role
+            self._ready().report_soon()
+
+        self._run(set_role())
+
+    def tell_prefixes(self) -> None:
+        """Report all that the prefix cache holds."""
+
+        async def tell() -> None:
+            self._ready().tell_prefixes()
+
+        self._run(tell())
 
     def check(self) -> dict[str, Any]:
         """Integrity and use of the block pool; raises IntegrityError if it is broken."""

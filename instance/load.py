@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
 
 from instance.executor import ModelDescription
+from instance.kv.prefix_events import PrefixDelta, merge
 from instance.leases import ServiceReport
 from instance.request import Account, RequestClass, Sequence, SequenceStatus
 from instance.scheduler import Scheduler
@@ -89,6 +90,7 @@ class LoadReport:
         prefill_seconds: Measured seconds that a prompt token adds to a step; 0 if unknown.
         preempted: Waiting sequences that were in the batch before.
         role: What the instance is for at present.
+        prefix: What changed in its prefix cache since the report before.
     """
 
     instance_id: str
@@ -107,6 +109,13 @@ class LoadReport:
     preempted: int = 0
     role: Role = Role.MIXED
     service: ServiceReport | None = None
+    prefix: PrefixDelta | None = None
+
+    def after(self, unsent: LoadReport | None) -> LoadReport:
+        """This report, with what an older one would have told that is not sent any more."""
+        if unsent is None or unsent.incarnation != self.incarnation:
+            return self
+        return replace(self, prefix=merge(unsent.prefix, self.prefix))
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +196,7 @@ def build_report(
     prefill_seconds: float = 0.0,
     role: Role = Role.MIXED,
     service: ServiceReport | None = None,
+    prefix: PrefixDelta | None = None,
 ) -> LoadReport:
     """The state of an instance now; the server and the simulator report with it."""
     block_size = scheduler.pool.block_size
@@ -231,4 +241,5 @@ def build_report(
         preempted=sum(1 for sequence in scheduler.waiting if sequence.num_preemptions),
         role=role,
         service=service,
+        prefix=prefix,
     )

@@ -19,11 +19,13 @@ from instance.engine import Engine
 from instance.executor import Executor
 from instance.figures import figures
 from instance.homes import HomeLink, tokens_message
+from instance.kv.prefix_events import PrefixEvents
 from instance.load import (
     InstanceInfo,
     LoadReport,
     MigrationFigures,
     MigrationReport,
+    Role,
     build_report,
 )
 from instance.migration.coordinator import MigrationCoordinator
@@ -67,6 +69,7 @@ class InstanceServer(generate_pb2_grpc.GenerateServicer):
         self.instance_id = instance_id
         self.incarnation = incarnation
         self.draining = False
+        self.role = Role.MIXED
         self._config = config
         self._token = token
         self._host = host
@@ -84,6 +87,9 @@ class InstanceServer(generate_pb2_grpc.GenerateServicer):
             self._executor_failed,
             lambda sequence: self.migrations.preempted(sequence),
         )
+        self._prefixes = PrefixEvents()
+        if self.engine.prefix_caching:
+            self.engine.pool.prefix.watcher = self._prefixes
         self._links: dict[str, HomeLink] = {}
         self._epochs = EpochRegistry(config.migration.grace)
         self.migrations = MigrationCoordinator(self, config.migration, token)
@@ -401,8 +407,15 @@ class InstanceServer(generate_pb2_grpc.GenerateServicer):
             self._report_due.clear()
             if self._reporter is not None:
                 self._reporter(self.load())
+                if self._prefixes.pending:
+                    self.report_soon()
             # Events within this time share a report.
             await asyncio.sleep(min(0.03, self._config.report_interval))
+
+    def tell_prefixes(self) -> None:
+        """Report from now on as if nobody knew what the prefix cache holds."""
+        self._prefixes.restart(self.engine.pool.prefix.keys())
+        self.report_soon()
 
     def report_soon(self) -> None:
         """Something changed that the dispatcher should hear of."""
@@ -426,6 +439,8 @@ class InstanceServer(generate_pb2_grpc.GenerateServicer):
             step_seconds=self.engine.step_seconds,
             draining=self.draining,
             figures=figures(self.engine),
+            role=self.role,
+            prefix=self._prefixes.take(),
         )
 
     async def migrate(

@@ -8,8 +8,8 @@ until then gateways place by the last view they were sent.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-import functools
 import logging
 import random
 import time
@@ -24,10 +24,13 @@ from cluster.dispatcher import status
 from cluster.dispatcher.core import Dispatcher, DispatcherConfig
 from cluster.dispatcher.events import (
     Action,
+    AskPrefixes,
     DrainRequested,
     Event,
+    FetchLedger,
     Finished,
     Joined,
+    LedgerCopied,
     Left,
     MigrationEnded,
     MigrationRequested,
@@ -37,7 +40,11 @@ from cluster.dispatcher.events import (
     RejectMigration,
     Reported,
     ResumeRequested,
+    RoleRequested,
+    SendLedger,
+    Served,
     SetDraining,
+    SetRole,
     StartMigration,
     Tick,
 )
@@ -49,7 +56,8 @@ from cluster.dispatcher.messages import (
     Refusal,
 )
 from cluster.dispatcher.store import RedisStore, StateKeeper
-from instance.load import Figure, InstanceInfo, LoadReport, MigrationReport
+from instance.load import Figure, InstanceInfo, LoadReport, MigrationReport, Role
+from instance.request import Account
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +65,8 @@ Answer = Placement | Refusal
 TICK = 0.1
 """Seconds between ticks of the core."""
 CHECK_TIMEOUT = 10.0
+OUTBOX_LIFETIME = 60.0
+"""Seconds after which answers that their gateway does not fetch are forgotten."""
 
 
 class MigrationError(Exception):
@@ -75,6 +85,15 @@ class MigrationError(Exception):
         return self.message
 
 
+class _Outbox:
+    """Answers that a gateway has not fetched yet, by request id and epoch."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[tuple[str, int], Answer] = {}
+        self.ready = asyncio.Event()
+        self.used = time.monotonic()
+
+
 class DispatcherActor:
     """The cluster's one dispatcher.
 
@@ -90,7 +109,7 @@ class DispatcherActor:
         self._core = Dispatcher(config, random.Random(), version)
         self._version = version
         self._cluster = cluster
-        self._answers: dict[tuple[str, int], asyncio.Future[Answer]] = {}
+        self._outboxes: dict[str, _Outbox] = {}
         self._moves: dict[str, list[asyncio.Future[MigrationReport]]] = {}
         self._migrations: deque[MigrationReport] = deque(maxlen=64)
         self._changed = asyncio.Event()
@@ -123,31 +142,48 @@ class DispatcherActor:
 
     # ---- gateways
 
-    async def place(self, requests: list[PlaceRequest]) -> list[Answer]:
-        """Where each request shall run, in the same order.
+    async def place(self, requests: list[PlaceRequest]) -> list[Answer | None]:
+        """Where each request shall run, in the same order; None while it is held.
 
-        Of several requests the higher class is placed first, then the older. While no
-        instance is ready the answer waits, up to the configured time.
+        Of several requests the higher class is placed first, then the older. What is held is
+        answered by ``answers``; asking again now and then keeps it alive.
         """
-        order = sorted(requests, key=lambda r: (r.request_class, r.arrival))
-        futures: dict[tuple[str, int], asyncio.Future[Answer]] = {}
-        for request in order:
-            key = request.request_id, request.epoch
-            future = self._answers.get(key)
-            if future is None:
-                future = self._answers[key] = asyncio.get_running_loop().create_future()
-                future.add_done_callback(functools.partial(self._answered, key))
-            futures[key] = future
+        for request in sorted(requests, key=lambda r: (r.request_class, r.arrival)):
             self._handle(PlaceRequested(request))
-        # A caller that went away must not take the answer from another one.
-        return list(
-            await asyncio.gather(
-                *(asyncio.shield(futures[r.request_id, r.epoch]) for r in requests)
-            )
-        )
+        return [
+            self._outbox(request.gateway_id).waiting.pop((request.request_id, request.epoch), None)
+            for request in requests
+        ]
 
-    def _answered(self, key: tuple[str, int], _: asyncio.Future[Answer]) -> None:
-        del self._answers[key]
+    async def answers(self, gateway_id: str, timeout: float) -> list[Answer]:
+        """Answers to requests of a gateway that were held, as soon as there are any.
+
+        An answer that is lost on its way is had again by asking for the request again.
+        """
+        outbox = self._outbox(gateway_id)
+        if not outbox.waiting:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await outbox.ready.wait()
+        outbox.ready.clear()
+        found = list(outbox.waiting.values())
+        outbox.waiting.clear()
+        return found
+
+    async def served(
+        self,
+        gateway_id: str,
+        instance_id: str,
+        incarnation: str,
+        charged: list[tuple[Account, float]],
+    ) -> None:
+        """A gateway lost its stream to an instance, and what service it got from it."""
+        self._handle(Served(gateway_id, instance_id, incarnation, tuple(charged)))
+
+    def _outbox(self, gateway_id: str) -> _Outbox:
+        outbox = self._outboxes.setdefault(gateway_id, _Outbox())
+        outbox.used = time.monotonic()
+        return outbox
 
     async def finished(self, ended: list[tuple[str, int]]) -> None:
         """Requests ended at their home, each with its last epoch."""
@@ -155,17 +191,17 @@ class DispatcherActor:
             self._handle(Finished(request_id, epoch))
 
     async def watch(
-        self, version: int, timeout: float, overrides: Mapping[str, Any] | None = None
+        self, version: int, timeout: float, known: Mapping[str, Any] | None = None
     ) -> ClusterView:
         """The view once its version differs from ``version``, or after ``timeout`` seconds.
 
         Args:
-            overrides: Those of the last view that the caller had, where it was told it by a
-                dispatcher that may since have been restarted and have forgotten them.
+            known: Overrides and ledger of the last view that the caller had, where it was told
+                it by a dispatcher that may since have been restarted and have forgotten them.
         """
         self._start_tasks()
-        if overrides:
-            self._restore({"overrides": overrides})
+        if known:
+            self._restore(known)
         deadline = time.monotonic() + timeout
         while self._core.members.version == version:
             left = deadline - time.monotonic()
@@ -220,6 +256,15 @@ class DispatcherActor:
         """
         self._require(instance_id)
         self._handle(ResumeRequested(instance_id))
+
+    async def set_role(self, instance_id: str, role: str) -> None:
+        """Change what an instance is for: "mixed", "prefill" or "decode".
+
+        Raises:
+            ValueError: if there is no such instance or role.
+        """
+        self._require(instance_id)
+        self._handle(RoleRequested(instance_id, Role(role)))
 
     async def check(self) -> dict[str, Any]:
         """What every instance says of its block pool, ready for JSON; or its "error"."""
@@ -311,21 +356,32 @@ class DispatcherActor:
 
     def _execute(self, action: Action) -> None:
         match action:
-            case Place(placement):
-                self._answer(placement)
-            case Refuse(refusal):
-                self._answer(refusal)
+            case Place(answer, gateway_id) | Refuse(answer, gateway_id):
+                outbox = self._outboxes.setdefault(gateway_id, _Outbox())
+                outbox.waiting[answer.request_id, answer.epoch] = answer
+                outbox.ready.set()
             case StartMigration():
                 self._spawn(self._migrate(action))
             case SetDraining(instance_id, on):
-                self._spawn(self._set_draining(instance_id, on))
+                self._spawn(self._tell(instance_id, "drain", on))
+            case SetRole(instance_id, role):
+                self._spawn(self._tell(instance_id, "set_role", role))
+            case AskPrefixes(instance_id):
+                self._spawn(self._tell(instance_id, "tell_prefixes"))
+            case SendLedger(instance_id, incarnation, update):
+                self._spawn(self._tell(instance_id, "take_ledger", incarnation, update))
+            case FetchLedger(instance_id):
+                self._spawn(self._fetch_ledger(instance_id))
             case RejectMigration():
                 pass  # the caller of `migrate` sees it
 
-    def _answer(self, answer: Answer) -> None:
-        future = self._answers.get((answer.request_id, answer.epoch))
-        if future is not None and not future.done():
-            future.set_result(answer)
+    async def _fetch_ledger(self, instance_id: str) -> None:
+        try:
+            incarnation, copy = await self._instance(instance_id).copy_ledger.remote()
+        except Exception as error:
+            logger.warning("instance %s: no ledger: %s", instance_id, _first_line(error))
+            return
+        self._handle(LedgerCopied(instance_id, incarnation, copy))
 
     async def _migrate(self, action: StartMigration) -> None:
         try:
@@ -352,11 +408,11 @@ class DispatcherActor:
             if not future.done():
                 future.set_result(report)
 
-    async def _set_draining(self, instance_id: str, on: bool) -> None:
+    async def _tell(self, instance_id: str, method: str, *args: Any) -> None:
         try:
-            await self._instance(instance_id).drain.remote(on)
+            await getattr(self._instance(instance_id), method).remote(*args)
         except Exception as error:
-            logger.warning("instance %s: drain(%s): %s", instance_id, on, _first_line(error))
+            logger.warning("instance %s: %s%s: %s", instance_id, method, args, _first_line(error))
 
     def _instance(self, instance_id: str) -> Any:
         """The handle of an instance's actor, which stays valid when the actor restarts."""
@@ -381,11 +437,16 @@ class DispatcherActor:
             if self._keeper is not None:
                 self._running.append(create(self._keeper.run()))
 
+    def _forget_gateways(self) -> None:
+        oldest = time.monotonic() - OUTBOX_LIFETIME
+        self._outboxes = {k: box for k, box in self._outboxes.items() if box.used > oldest}
+
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK)
             try:
                 self._handle(Tick())
+                self._forget_gateways()
             except Exception:
                 logger.exception("tick failed")
 

@@ -6,44 +6,52 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.dispatcher.events import (
     Action,
+    AskPrefixes,
     DrainRequested,
     Event,
     Finished,
     Joined,
+    LedgerCopied,
     Left,
     MigrationEnded,
     MigrationRequested,
-    Place,
     PlaceRequested,
-    Refuse,
     Reported,
     ResumeRequested,
+    RoleRequested,
+    Served,
     SetDraining,
+    SetRole,
     Tick,
 )
+from cluster.dispatcher.fairness import FairnessLedger, Source
+from cluster.dispatcher.ledger_feed import LedgerFeed
 from cluster.dispatcher.load import (
     InstanceLoad,
     InstanceState,
     LoadConfig,
     LoadView,
-    blocks_for,
 )
 from cluster.dispatcher.members import Members
-from cluster.dispatcher.messages import ClusterView, Placement, PlaceRequest, Refusal
+from cluster.dispatcher.messages import ClusterView, PlaceRequest
 from cluster.dispatcher.migrations import Migrations
-from cluster.dispatcher.overrides import DRAINING, Overrides, key
+from cluster.dispatcher.overrides import DRAINING, ROLE, TENANT, Overrides, key
 from cluster.dispatcher.persistence import info_to_json, infos_from_json
 from cluster.dispatcher.placement import POLICIES, Uniform
 from cluster.dispatcher.rebalance import RebalanceConfig
-from instance.load import InstanceInfo, SequenceLoad
+from cluster.dispatcher.requests import RequestConfig, Requests
+from cluster.dispatcher.table import Candidates
+from cluster.dispatcher.tenants import TenantPolicy, policy_from_json, policy_to_json
+from instance.load import InstanceInfo, LoadReport, Role, SequenceLoad
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,36 +60,18 @@ class DispatcherConfig:
 
     Attributes:
         placement: Name of the placement policy.
-        hold_timeout: Seconds that a new request waits for an instance to be ready.
-        replay_hold_timeout: The same for a replay, whose client already has tokens.
-        max_held: New requests that wait at a time; more are refused.
         migration_timeout: Seconds after which a migration that nobody ended is forgotten.
-        memory: Requests remembered, to answer repeated calls as before.
+        prefix_capacity: Pairs of prefix key and instance remembered.
+        roles: Roles of instances by name, at their first start; those not named are mixed.
     """
 
     placement: str = "freeness"
-    hold_timeout: float = 5.0
-    replay_hold_timeout: float = 20.0
-    max_held: int = 4096
     migration_timeout: float = 120.0
-    memory: int = 65536
+    prefix_capacity: int = 1 << 19
+    roles: tuple[tuple[str, Role], ...] = ()
+    requests: RequestConfig = field(default_factory=RequestConfig)
     load: LoadConfig = field(default_factory=LoadConfig)
     rebalance: RebalanceConfig = field(default_factory=RebalanceConfig)
-
-
-@dataclass(slots=True)
-class _Held:
-    request: PlaceRequest
-    since: float
-    deadline: float
-
-
-@dataclass(slots=True)
-class _Known:
-    """The newest thing known of a request: where it was placed, or that it ended."""
-
-    epoch: int
-    placement: Placement | None
 
 
 class Dispatcher:
@@ -96,6 +86,8 @@ class Dispatcher:
         members: Instances, loads and migrations under way.
         migrations: Which requests move.
         overrides: What operators have set at run time.
+        ledger: What tenants have received.
+        placing: Requests asked for, held and placed.
         counters: Events by kind and reason, for metrics.
 
     Raises:
@@ -108,16 +100,22 @@ class Dispatcher:
                 f"unknown placement policy {config.placement!r}; known: {', '.join(POLICIES)}"
             )
         self.config = config
-        self.members = Members(config.load, version)
+        self.members = Members(config.load, version, config.prefix_capacity)
         self.overrides = Overrides(version)
         self.counters: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._rng = rng
         self._policy = POLICIES[config.placement].choose
-        self._held: dict[str, _Held] = {}
-        self._known: OrderedDict[str, _Known] = OrderedDict()
-        self._turn = 0
+        settings = config.requests
+        self.ledger = FairnessLedger(version, settings.tenants, settings.default_tenant)
+        self.feed = LedgerFeed(self.ledger)
+        self.placing = Requests(settings, self.members, self.ledger, self._choose, self._count)
+        self._roles = dict(config.roles)
         self.migrations = Migrations(
-            self.members, config.rebalance, config.migration_timeout, self._count, self._is_over
+            self.members,
+            config.rebalance,
+            config.migration_timeout,
+            self._count,
+            self.placing.is_over,
         )
 
     def handle(self, event: Event, now: float) -> list[Action]:
@@ -129,36 +127,51 @@ class Dispatcher:
         """
         match event:
             case PlaceRequested(request):
-                return self._place_requested(request, now)
+                return self.placing.asked(request, now)
             case Finished(request_id, epoch):
-                return self._finished(request_id, epoch)
+                actions = self.placing.finished(request_id, epoch, now)
+                return actions + self.placing.release(now)
             case MigrationRequested(request_id, destination):
                 return self.migrations.requested(request_id, destination, now)
             case MigrationEnded(ended):
                 self.migrations.ended(ended, now)
                 return []
             case Reported(report):
-                self._count("reports", self.members.report(report, now))
-                actions: list[Action] = []
+                actions = self._reported(report, now)
             case Joined(info):
                 actions = self._joined(info, now)
             case Left(instance_id, incarnation):
                 actions = []
                 if self.members.leave(instance_id, incarnation):
                     self._count("membership", "left")
+                    self._gone(instance_id, incarnation, now)
+            case LedgerCopied(instance_id, incarnation, copy):
+                actions = []
+                self.feed.copied(Source(instance_id, incarnation), copy, now)
+            case Served(gateway_id, instance_id, incarnation, charged):
+                actions = []
+                source = Source(instance_id, incarnation)
+                self.ledger.homes_report(gateway_id, source, charged, now)
             case DrainRequested(instance_id):
                 self.overrides.set(key(DRAINING, instance_id), True)
                 actions = self._set_draining(instance_id, True)
             case ResumeRequested(instance_id):
                 self.overrides.set(key(DRAINING, instance_id), None)
                 actions = self._set_draining(instance_id, False)
+            case RoleRequested(instance_id, role):
+                self.overrides.set(key(ROLE, instance_id), role.value)
+                actions = self._set_role(instance_id, role)
             case Tick():
                 actions = self._tick(now)
-        actions.extend(self._release_held(now))
+        actions.extend(self.placing.release(now))
+        actions.extend(self.feed.send(now))
         self.members.update_version(now)
         return actions
 
     def _joined(self, info: InstanceInfo, now: float) -> list[Action]:
+        before = self.members.loads.get(info.instance_id)
+        if before is not None and before.info.incarnation != info.incarnation:
+            self._gone(info.instance_id, before.info.incarnation, now)
         self._count("membership", self.members.join(info, now))
         if self.overrides.get(key(DRAINING, info.instance_id)):
             self.members.set_draining(info.instance_id, True)
@@ -166,118 +179,53 @@ class Dispatcher:
             return [SetDraining(info.instance_id, True)]
         return []
 
-    def _finished(self, request_id: str, epoch: int) -> list[Action]:
-        actions: list[Action] = []
-        held = self._held.get(request_id)
-        if held is not None and held.request.epoch <= epoch:
-            del self._held[request_id]
-            actions.append(self._refuse(held.request, 404, "this request has ended"))
-        known = self._known.get(request_id)
-        if known is None or known.epoch <= epoch:
-            self._remember(request_id, _Known(epoch, None))
-        self.members.release(request_id, epoch)
+    def _reported(self, report: LoadReport, now: float) -> list[Action]:
+        outcome = self.members.report(report, now)
+        self._count("reports", outcome)
+        actions: list[Action] = [AskPrefixes(name) for name in self.members.ask_prefixes(now)]
+        source = Source(report.instance_id, report.incarnation)
+        # Sums count however late they come; what waits is told by the newest report alone.
+        if report.service is not None and outcome == "accepted":
+            actions.extend(self.feed.reported(source, report.service, now))
+        elif report.service is not None and self.ledger.knows(source):
+            self.ledger.report(source, report.service, now)
+        if outcome == "accepted":
+            self.placing.reported(report, now)
+        # What an operator set goes before the settings at start, and a role that an instance
+        # reports outlived a dispatcher that had set it.
+        name = report.instance_id
+        if outcome == "accepted" and self.members.loads[name].role is None:
+            wanted = self.overrides.get(key(ROLE, name)) or self._roles.get(name)
+            if wanted is not None and report.role is Role.MIXED:
+                actions.extend(self._set_role(name, Role(wanted)))
         return actions
 
-    # ---- placement
+    def _gone(self, instance_id: str, incarnation: str, now: float) -> None:
+        self.feed.gone(Source(instance_id, incarnation), now)
+        self.placing.waiting.lost(instance_id, now)
 
-    def _place_requested(self, request: PlaceRequest, now: float) -> list[Action]:
-        known = self._known.get(request.request_id)
-        if known is not None and known.epoch > request.epoch:
-            return [self._refuse(request, 404, "a newer epoch of this request is known")]
-        if known is not None and known.epoch == request.epoch:
-            placement = known.placement
-            if placement is None:
-                return [self._refuse(request, 404, "this request has ended")]
-            if placement.instance_id not in request.avoid and self._stands(placement, now):
-                self._count("placements", "repeated")
-                return [Place(placement)]
-        held = self._held.get(request.request_id)
-        if held is not None:
-            older, newer = held.request, request
-            if newer.epoch < older.epoch:
-                older, newer = newer, older
-            held.request = newer
-            if newer.epoch == older.epoch:
-                return []
-            return [self._refuse(older, 404, "a newer epoch of this request is known")]
-        view = self._choose(request, now)
-        if view is not None:
-            return [self._assign(request, view, now)]
-        replay = request.epoch > 1
-        if not replay and len(self._held) >= self.config.max_held:
-            return [self._refuse(request, 429, "too many requests wait for an instance")]
-        patience = self.config.replay_hold_timeout if replay else self.config.hold_timeout
-        self._held[request.request_id] = _Held(request, now, now + patience)
-        self._count("placements", "held")
-        return []
+    def _choose(self, request: PlaceRequest, candidates: Candidates) -> LoadView:
+        return self._policy(request, candidates, self._rng)
 
-    def _stands(self, placement: Placement, now: float) -> bool:
-        """Whether an earlier answer may be given again."""
-        name = placement.instance_id
-        return (
-            self.members.knows(name, placement.incarnation)
-            and self.members.state(name, now) is not InstanceState.GONE
-        )
+    # ---- tenants
 
-    def _choose(
-        self, request: PlaceRequest, now: float, since: float | None = None
-    ) -> LoadView | None:
-        """The instance for a request, or None if none should take it now.
+    def set_tenant(self, tenant: str, fields: Mapping[str, Any]) -> TenantPolicy:
+        """Change what a tenant may have, now and after a restart.
 
-        An instance to avoid is taken only if it has been heard of after ``since``: then it
-        lives. A suspect instance is better than none.
+        Args:
+            fields: Of "weight", "max_queued" and "classes" those that change.
+
+        Raises:
+            ValueError: a field is unknown or out of range; the text says which.
         """
-        candidates = self.members.candidates(request, now, since)
-        return None if candidates is None else self._policy(request, candidates, self._rng)
+        policy = policy_from_json(fields, self.ledger.policy(tenant))
+        self.overrides.set(key(TENANT, tenant), policy_to_json(policy))
+        self._set_tenant(tenant, policy)
+        return policy
 
-    def _assign(self, request: PlaceRequest, view: LoadView, now: float) -> Place:
-        load = self.members.loads[view.instance_id]
-        placement = Placement(
-            request.request_id, request.epoch, view.instance_id, load.info.incarnation
-        )
-        self.members.release(request.request_id, request.epoch)
-        load.charge(
-            SequenceLoad(
-                request_id=request.request_id,
-                epoch=request.epoch,
-                tenant=request.tenant,
-                request_class=request.request_class,
-                home=request.gateway_id,
-                running=False,
-                blocks=blocks_for(request.num_tokens + 1, load.info.model.block_size),
-                num_tokens=request.num_tokens,
-                uncomputed=request.num_tokens,
-            ),
-            now,
-        )
-        self._turn += 1
-        self.members.placed(view.instance_id, self._turn)
-        self._remember(request.request_id, _Known(request.epoch, placement))
-        self._count("placements", "new" if request.epoch <= 1 else "replayed")
-        return Place(placement)
-
-    def _refuse(self, request: PlaceRequest, status: int, reason: str) -> Refuse:
-        self._count("refusals", str(status))
-        return Refuse(Refusal(request.request_id, request.epoch, status, reason))
-
-    def _release_held(self, now: float) -> list[Action]:
-        """Place held requests that can go now, in order of class and arrival."""
-        actions: list[Action] = []
-        order = sorted(
-            self._held.values(),
-            key=lambda held: (held.request.request_class, held.request.arrival),
-        )
-        for held in order:
-            request = held.request
-            view = self._choose(request, now, held.since)
-            if view is not None:
-                actions.append(self._assign(request, view, now))
-            elif now >= held.deadline:
-                actions.append(self._refuse(request, 503, "no instance is ready"))
-            else:
-                continue
-            del self._held[request.request_id]
-        return actions
+    def _set_tenant(self, tenant: str, policy: TenantPolicy) -> None:
+        self.ledger.set_tenant(tenant, policy)
+        self.feed.all_due()
 
     # ---- operators and time
 
@@ -291,11 +239,23 @@ class Dispatcher:
             load.report = dataclasses.replace(load.report, draining=False)
         return [SetDraining(instance_id, on)]
 
+    def _set_role(self, instance_id: str, role: Role) -> list[Action]:
+        if instance_id not in self.members.loads:
+            return []
+        self.members.set_role(instance_id, role)
+        return [SetRole(instance_id, role)]
+
     def _tick(self, now: float) -> list[Action]:
         expired = self.members.expire(now)
         if expired:
             self._count("charges", "expired", expired)
-        return self.migrations.tick(now)
+        lifetimes = self.config.load
+        for name, load in self.members.loads.items():
+            if self.members.state(name, now) is InstanceState.GONE:
+                self._gone(name, load.info.incarnation, now)
+        self.ledger.expire(now, lifetimes.forget_after)
+        actions = self.placing.expire(now, lifetimes.charge_lifetime)
+        return actions + self.migrations.tick(now)
 
     # ---- what outlives the dispatcher
 
@@ -305,6 +265,7 @@ class Dispatcher:
         return {
             "overrides": self.overrides.export(),
             "membership": [info_to_json(info) for info in infos],
+            "ledger": self.ledger.export_state(),
         }
 
     def restore_state(self, state: Mapping[str, Any], now: float) -> list[Action]:
@@ -323,15 +284,28 @@ class Dispatcher:
             kind, _, rest = name.partition("/")
             if kind == DRAINING:
                 actions.extend(self._set_draining(rest, bool(self.overrides.get(name))))
+            elif kind == TENANT:
+                with contextlib.suppress(ValueError):  # written by another version
+                    self._set_tenant(rest, self._tenant_from(self.overrides.get(name)))
+        ledger = state.get("ledger")
+        if isinstance(ledger, dict):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                self.ledger.restore_state(ledger, now)
         self.members.update_version(now)
         return actions
+
+    def _tenant_from(self, fields: Any) -> TenantPolicy:
+        settings = self.config.requests
+        return policy_from_json(fields if isinstance(fields, dict) else {}, settings.default_tenant)
 
     # ---- what is known
 
     def view(self, now: float) -> ClusterView:
         """Membership and load, for gateways and operators."""
         view = self.members.cluster_view(now)
-        return dataclasses.replace(view, overrides=self.overrides.export())
+        return dataclasses.replace(
+            view, overrides=self.overrides.export(), ledger=self.ledger.export_state()
+        )
 
     def locate(self, request_id: str, now: float) -> tuple[InstanceLoad, SequenceLoad] | None:
         """The instance that holds a request under its newest epoch, and what is known of it.
@@ -346,23 +320,8 @@ class Dispatcher:
 
     @property
     def num_held(self) -> int:
-        """Requests that wait for an instance to be ready."""
-        return len(self._held)
-
-    def _is_over(self, sequence: SequenceLoad) -> bool:
-        """Whether a sequence has ended, or is void because of a newer epoch."""
-        known = self._known.get(sequence.request_id)
-        if known is None:
-            return False
-        return known.epoch > sequence.epoch or (
-            known.epoch == sequence.epoch and known.placement is None
-        )
-
-    def _remember(self, request_id: str, known: _Known) -> None:
-        self._known[request_id] = known
-        self._known.move_to_end(request_id)
-        while len(self._known) > self.config.memory:
-            self._known.popitem(last=False)
+        """Requests that wait for an instance with room."""
+        return len(self.placing.queues)
 
     def _count(self, kind: str, reason: str, number: int = 1) -> None:
         self.counters[kind][reason] += number

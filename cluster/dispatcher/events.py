@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cluster.dispatcher.messages import Placement, PlaceRequest, Refusal
-from instance.load import InstanceInfo, LoadReport, MigrationReport
+from instance.leases import LedgerUpdate
+from instance.load import InstanceInfo, LoadReport, MigrationReport, Role
+from instance.request import Account
 
 # ---- events
 
@@ -77,6 +79,37 @@ class ResumeRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class RoleRequested:
+    """An operator wants an instance to be for something else."""
+
+    instance_id: str
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerCopied:
+    """An instance returned its copy of the ledger, as FetchLedger asks."""
+
+    instance_id: str
+    incarnation: str
+    copy: LedgerUpdate
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A gateway lost its stream to an instance, and tells what service it got from it.
+
+    Attributes:
+        charged: By account, since the incarnation started.
+    """
+
+    gateway_id: str
+    instance_id: str
+    incarnation: str
+    charged: tuple[tuple[Account, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
@@ -91,6 +124,9 @@ Event = (
     | MigrationEnded
     | DrainRequested
     | ResumeRequested
+    | RoleRequested
+    | LedgerCopied
+    | Served
     | Tick
 )
 
@@ -102,6 +138,7 @@ class Place:
     """Answer a gateway."""
 
     placement: Placement
+    gateway_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +146,7 @@ class Refuse:
     """Answer a gateway that the request cannot run now."""
 
     refusal: Refusal
+    gateway_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,4 +180,45 @@ class SetDraining:
     on: bool
 
 
-Action = Place | Refuse | StartMigration | RejectMigration | SetDraining
+@dataclass(frozen=True, slots=True)
+class SetRole:
+    """Tell an instance what it is for, so that its reports say so."""
+
+    instance_id: str
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
+class AskPrefixes:
+    """Ask an instance to report all that its prefix cache holds."""
+
+    instance_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class SendLedger:
+    """Send an incarnation of an instance what is new in the ledger."""
+
+    instance_id: str
+    incarnation: str
+    update: LedgerUpdate
+
+
+@dataclass(frozen=True, slots=True)
+class FetchLedger:
+    """Ask an instance for its copy of the ledger; answer with LedgerCopied."""
+
+    instance_id: str
+
+
+Action = (
+    Place
+    | Refuse
+    | StartMigration
+    | RejectMigration
+    | SetDraining
+    | SetRole
+    | AskPrefixes
+    | SendLedger
+    | FetchLedger
+)

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from cluster.dispatcher.tenants import TenantPolicy
 from instance.leases import AccountState, LedgerUpdate, ServiceReport
 from instance.request import Account, RequestClass
 
@@ -23,32 +24,6 @@ class Source(NamedTuple):
 
     instance_id: str
     incarnation: str
-
-
-@dataclass(frozen=True, slots=True)
-class TenantPolicy:
-    """What a tenant may have.
-
-    Attributes:
-        weight: Share of service relative to other tenants, above 0.
-        max_queued: Requests that wait in the dispatcher at most; None: the cluster's limit.
-        classes: Priority classes that the tenant may use.
-
-    Raises:
-        ValueError: A value is out of range.
-    """
-
-    weight: float = 1.0
-    max_queued: int | None = None
-    classes: tuple[RequestClass, ...] = tuple(RequestClass)
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.weight < math.inf:
-            raise ValueError(f"weight {self.weight} is not a finite number above 0")
-        if self.max_queued is not None and self.max_queued < 0:
-            raise ValueError(f"max_queued {self.max_queued} is less than 0")
-        if not self.classes:
-            raise ValueError("a tenant needs at least one class")
 
 
 class Gap(NamedTuple):
@@ -278,6 +253,11 @@ class FairnessLedger:
         if given is not None and given.ended is None:
             given.ended = now
 
+    def resumed(self, source: Source) -> None:
+        """An incarnation that was taken for gone is heard of again."""
+        if source in self._given:
+            self._given[source].ended = None
+
     def expire(self, now: float, lifetime: float) -> None:
         """Forget sources and accounts that ended or did nothing ``lifetime`` seconds ago."""
         for source, given in list(self._given.items()):
@@ -299,10 +279,6 @@ class FairnessLedger:
         if since == self.version:
             return None
         return self._update(since, given.applied)
-
-    def snapshot(self) -> LedgerUpdate:
-        """The whole ledger, for gateways to keep."""
-        return self._update(0, {})
 
     def _update(self, since: int, applied: Mapping[Account, float]) -> LedgerUpdate:
         return LedgerUpdate(
@@ -374,8 +350,8 @@ class FairnessLedger:
 
     # ---- a new life
 
-    def take_copy(self, copy: LedgerUpdate, source: Source | None, now: float) -> None:
-        """A ledger of an earlier life comes back, from an instance or (None) a gateway.
+    def take_copy(self, copy: LedgerUpdate, source: Source, now: float) -> None:
+        """A ledger of an earlier life comes back from an instance.
 
         The newest is what the counters are based on. Of the service that ``source`` reports,
         its own copy says how much earlier lives had counted. A copy of this life is no news.
@@ -384,8 +360,6 @@ class FairnessLedger:
             return
         if copy.version > self._base:
             self._rebase(copy, now)
-        if source is None:
-            return
         given = self._given.setdefault(source, _Given())
         if given.ready:
             return
@@ -422,10 +396,9 @@ class FairnessLedger:
                 self._touch(book)
 
     def export_state(self) -> dict[str, Any]:
-        """Everything to be kept over a restart, ready for JSON."""
+        """Counters, and what of each source they contain, ready for JSON."""
         return {
             "version": self.version,
-            "tenants": {name: policy_to_json(policy) for name, policy in self.tenants.items()},
             "accounts": [
                 [tenant, request_class.name.lower(), book.counter]
                 for (tenant, request_class), book in self.accounts.items()
@@ -443,8 +416,6 @@ class FairnessLedger:
     def restore_state(self, state: Mapping[str, Any], now: float) -> None:
         """Begin with the state of an earlier life; older than what is known, it is ignored.
 
-        Tenants that were changed at run time come back with it.
-
         Raises:
             ValueError, KeyError, TypeError: It is not what ``export_state`` returns.
         """
@@ -461,14 +432,8 @@ class FairnessLedger:
                 (tenant, RequestClass[name.upper()]) for tenant, name in state["last_waited"]
             ),
         )
-        policies = {
-            name: policy_from_json(fields, self.policy(name))
-            for name, fields in state["tenants"].items()
-        }
         if not self._base < version < self._first:
             return
-        for name, policy in policies.items():
-            self.set_tenant(name, policy)
         for instance_id, incarnation, tenant, name, applied in state["applied"]:
             given = self._given.setdefault(Source(instance_id, incarnation), _Given())
             account = tenant, RequestClass[name.upper()]
@@ -486,41 +451,3 @@ class FairnessLedger:
     def _touch(self, book: AccountBook) -> None:
         self.version += 1
         book.changed = self.version
-
-
-def policy_to_json(policy: TenantPolicy) -> dict[str, Any]:
-    """A policy as the tenants file and the admin API write it."""
-    return {
-        "weight": policy.weight,
-        "max_queued": policy.max_queued,
-        "classes": [one.name.lower() for one in policy.classes],
-    }
-
-
-def policy_from_json(fields: Mapping[str, Any], base: TenantPolicy) -> TenantPolicy:
-    """``base`` with the fields given.
-
-    Raises:
-        ValueError: A field is unknown, or its value is; the text says which.
-    """
-    unknown = set(fields) - {"weight", "max_queued", "classes"}
-    if unknown:
-        raise ValueError(f"unknown field {min(unknown)!r}; known: weight, max_queued, classes")
-    policy = base
-    if "weight" in fields:
-        weight = fields["weight"]
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise ValueError(f"weight {weight!r} is not a number")
-        policy = replace(policy, weight=float(weight))
-    if "max_queued" in fields:
-        most = fields["max_queued"]
-        if most is not None and (isinstance(most, bool) or not isinstance(most, int)):
-            raise ValueError(f"max_queued {most!r} is not a whole number")
-        policy = replace(policy, max_queued=most)
-    if "classes" in fields:
-        names = fields["classes"]
-        known = {one.name.lower(): one for one in RequestClass}
-        if not isinstance(names, list) or not all(name in known for name in names):
-            raise ValueError(f"classes {names!r} is not a list of {', '.join(known)}")
-        policy = replace(policy, classes=tuple(sorted({known[name] for name in names})))
-    return policy

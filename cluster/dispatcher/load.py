@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from instance.load import InstanceInfo, LoadReport, Role, SequenceLoad
-from instance.request import RequestClass
+from instance.request import Account, RequestClass
 
 
 class InstanceState(StrEnum):
@@ -258,6 +258,7 @@ class InstanceLoad:
         self._by_id: dict[str, SequenceLoad] = {}
         self._reported = Reported(info.total_blocks, 0, (), 0)
         self._staying: _Staying | None = None
+        self._accounts: frozenset[Account] | None = None
         self._view: LoadView | None = None
         self.touch()
 
@@ -301,7 +302,7 @@ class InstanceLoad:
         self.heard = now
         self.left = False
         self.touch()
-        self._staying = None
+        self._staying = self._accounts = None
         self._by_id = {sequence.request_id: sequence for sequence in report.sequences}
         for request_id, sequence in self._by_id.items():
             if request_id in self.charges:
@@ -352,6 +353,11 @@ class InstanceLoad:
             self._charged.add(charge.sequence, -1)
             self.touch()
 
+    @property
+    def moving(self) -> bool:
+        """Whether a request is on its way here or from here."""
+        return bool(self._arriving or self._going)
+
     def arrives(self, sequence: SequenceLoad, on: bool) -> None:
         """A request is on its way here, or no longer."""
         self._mark(self._arriving, sequence, on)
@@ -365,8 +371,51 @@ class InstanceLoad:
             marked[sequence.request_id] = sequence
         else:
             marked.pop(sequence.request_id, None)
-        self._staying = None
+        self._staying = self._accounts = None
         self.touch()
+
+    # ---- room
+
+    @property
+    def running_accounts(self) -> frozenset[Account]:
+        """Whose sequences run here and stay."""
+        if self._accounts is None:
+            self._accounts = frozenset(
+                s.account
+                for s in self.sequences
+                if not s.waits and not s.migrating and s.request_id not in self._going
+            )
+        return self._accounts
+
+    def to_wait(self) -> list[SequenceLoad]:
+        """What waits here, and what was sent and will have to."""
+        there = [s for s in self.sequences if not s.running and s.request_id not in self._going]
+        return there + self._late_charges()
+
+    def room(self, view: LoadView) -> tuple[int, int]:
+        """Tokens that a request may have to run here at once, and how many will wait.
+
+        Negative tokens mean that none would run. The headroom is taken off.
+        """
+        waiting = len(view.waiting) + len(self._late_charges())
+        if waiting or view.running >= self.info.max_num_seqs:
+            return -1, waiting
+        # An instance admits only if a block stays free for each running sequence.
+        slack = view.free - view.headroom - view.running
+        return slack * self.info.model.block_size, waiting
+
+    def _late_charges(self) -> list[SequenceLoad]:
+        """Of what was sent here, the last ones, for which there is no room."""
+        charges = [charge.sequence for charge in self.charges.values()]
+        view = self._view
+        if not charges or view is None or view.waiting:
+            return charges
+        free, running, late = view.free, view.running, 0
+        while late < len(charges) and (free < running - 1 or running > self.info.max_num_seqs):
+            late += 1
+            free += charges[-late].blocks
+            running -= 1
+        return charges[len(charges) - late :]
 
     # ---- views
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,8 +16,12 @@ from cluster.dispatcher.load import (
     Transfer,
 )
 from cluster.dispatcher.messages import ClusterView, InstanceView, PlaceRequest
+from cluster.dispatcher.prefix_index import PrefixIndex
 from cluster.dispatcher.table import Candidates, LoadTable
 from instance.load import InstanceInfo, LoadReport, Role, SequenceLoad
+
+_ASK_INTERVAL = 2.0
+"""Seconds before an instance is asked again for its prefixes."""
 
 
 class Members:
@@ -25,21 +30,25 @@ class Members:
     Args:
         config: How long reports are trusted.
         version: First version of the membership.
+        prefix_capacity: Pairs of prefix key and instance remembered at most.
 
     Attributes:
         loads: By instance id; those gone are kept for a while, since they may come back.
         transfers: Migrations under way, by request id; change them by ``begin`` and ``end``.
+        prefixes: Which instance holds which prefixes.
         version: Changes whenever membership or an instance's state does.
     """
 
-    def __init__(self, config: LoadConfig, version: int) -> None:
+    def __init__(self, config: LoadConfig, version: int, prefix_capacity: int = 1 << 19) -> None:
         self.loads: dict[str, InstanceLoad] = {}
         self.transfers: dict[str, Transfer] = {}
         self.version = version
         self._config = config
         self._book = Book()
-        self._table = LoadTable(config, self._book)
-        self._states = self._table.states(0.0)
+        self.table = LoadTable(config, self._book)
+        self.prefixes = PrefixIndex(prefix_capacity)
+        self._untold: dict[str, float] = {}
+        self._states = self.table.states(0.0)
         self._renewed = False
 
     def join(self, info: InstanceInfo, now: float) -> str:
@@ -59,7 +68,7 @@ class Members:
                     self.end(transfer.sequence.request_id)
             fresh.draining, fresh.leaving, fresh.role = load.draining, load.leaving, load.role
         self.loads[info.instance_id] = fresh
-        self._table.put(info.instance_id, fresh)
+        self.prefixes.drop(self.table.put(info.instance_id, fresh))
         self._renewed = True
         return "joined" if load is None else "restarted"
 
@@ -82,7 +91,24 @@ class Members:
         """Take a report; returns "accepted", "stale" or "unknown"."""
         if not self.knows(report.instance_id, report.incarnation):
             return "unknown"
-        return "accepted" if self.loads[report.instance_id].accept(report, now) else "stale"
+        if not self.loads[report.instance_id].accept(report, now):
+            return "stale"
+        if report.prefix is not None:
+            row = self.table.rows[report.instance_id]
+            if self.prefixes.apply(row, report.prefix):
+                self._untold.pop(report.instance_id, None)
+            else:
+                self._untold.setdefault(report.instance_id, -math.inf)
+        return "accepted"
+
+    def ask_prefixes(self, now: float) -> list[str]:
+        """Instances that shall tell all their prefixes, since a report of theirs was lost.
+
+        Each is named again only after a while, if it has not told them by then.
+        """
+        due = [name for name, at in self._untold.items() if now - at > _ASK_INTERVAL]
+        self._untold.update(dict.fromkeys(due, now))
+        return due
 
     def state(self, instance_id: str, now: float) -> InstanceState:
         """The state of an instance; GONE if it is not known."""
@@ -98,7 +124,8 @@ class Members:
                 load.clear()
                 if now - load.heard > self._config.forget_after:
                     del self.loads[name]
-                    self._table.remove(name)
+                    self.prefixes.drop(self.table.remove(name))
+                    self._untold.pop(name, None)
         return expired
 
     def release(self, request_id: str, epoch: int) -> None:
@@ -148,19 +175,15 @@ class Members:
         self, request: PlaceRequest, now: float, since: float | None = None
     ) -> Candidates | None:
         """The instances that may take a request; see ``LoadTable.candidates``."""
-        return self._table.candidates(request, now, since)
+        found = self.table.candidates(request, now, since)
+        if found is not None and request.prefix:
+            found.cached = self.prefixes.match(request.prefix, self.table.size)[found.rows]
+        return found
 
     def settled(self, instance_id: str) -> bool:
         """Whether its report is younger than its last migration and none is under way."""
         load = self.loads[instance_id]
-        return (
-            load.report is not None
-            and load.heard > load.settled
-            and not any(
-                instance_id in (transfer.source, transfer.destination)
-                for transfer in self.transfers.values()
-            )
-        )
+        return load.report is not None and load.heard > load.settled and not load.moving
 
     def staying(self, instance_id: str) -> list[SequenceLoad]:
         """Reported sequences that are not on their way elsewhere, in queue order."""
@@ -194,7 +217,7 @@ class Members:
 
     def update_version(self, now: float) -> None:
         """Count up if membership or a state has changed."""
-        states = self._table.states(now)
+        states = self.table.states(now)
         if self._renewed or not np.array_equal(states, self._states):
             self._states = states
             self._renewed = False

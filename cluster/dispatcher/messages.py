@@ -21,6 +21,8 @@ class PlaceRequest:
         num_tokens: Prompt tokens, and for a replay the emitted ones too.
         max_tokens: Output tokens at most.
         avoid: Instances that the gateway saw failing for this request.
+        prefix: Keys of the prompt's leading blocks, one after the other
+            (``instance.kv.prefix_events.prompt_keys``).
         time_left: Seconds until nobody wants the answer any more.
     """
 
@@ -34,6 +36,7 @@ class PlaceRequest:
     arrival: float
     model: str = ""
     avoid: tuple[str, ...] = ()
+    prefix: bytes = b""
     time_left: float = math.inf
 
     @property
@@ -60,6 +63,7 @@ class Refusal:
         status: HTTP status that fits: 403, 404, 408, 429 or 503.
         reason: For people.
         retry_after: Seconds.
+        code: For programs; "" where the status says it all.
     """
 
     request_id: str
@@ -67,6 +71,7 @@ class Refusal:
     status: int
     reason: str
     retry_after: float = 1.0
+    code: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +100,11 @@ class ClusterView:
 
     Attributes:
         overrides: Operators' settings as ``Overrides.export`` gives them; a gateway returns
-            them to a dispatcher that was restarted.
+            them, and the ledger, to a dispatcher that was restarted.
+        ledger: What tenants have received, as ``FairnessLedger.export_state`` gives it.
     """
 
     version: int
     instances: tuple[InstanceView, ...] = field(default_factory=tuple)
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    ledger: Mapping[str, Any] = field(default_factory=dict)

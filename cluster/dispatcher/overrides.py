@@ -13,6 +13,12 @@ from typing import Any
 DRAINING = "draining"
 """Key of an instance that is drained: ``draining/INSTANCE``; see :func:`key`."""
 
+ROLE = "role"
+"""Key of what an instance is for: ``role/INSTANCE``."""
+
+TENANT = "tenant"
+"""Key of what a tenant may have: ``tenant/NAME``."""
+
 
 def key(kind: str, name: str) -> str:
     """The key of a setting that each ``name`` has its own of."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from cluster.dispatcher.messages import PlaceRequest
-from instance.request import Account
+from instance.request import Account, RequestClass
 
 FIRST_RETRY, LAST_RETRY = 1.0, 60.0
 """Seconds: the least and the most that a refused client is told to wait."""
@@ -70,6 +70,7 @@ class RequestQueues:
         self._held: dict[str, Held] = {}
         self._queues: dict[tuple[Account, str], list[Held]] = {}
         self._tenants: dict[str, int] = {}
+        self._classes: dict[RequestClass, int] = dict.fromkeys(RequestClass, 0)
         self._served = Rate()
         self._rates: dict[str, Rate] = {}
 
@@ -87,6 +88,10 @@ class RequestQueues:
         """Requests of a tenant that wait."""
         return self._tenants.get(tenant, 0)
 
+    def up_to_class(self, request_class: RequestClass) -> int:
+        """Requests of a class and of all higher ones that wait."""
+        return sum(count for one, count in self._classes.items() if one <= request_class)
+
     def add(self, held: Held) -> None:
         """Queue a request; its id must not be here."""
         request = held.request
@@ -94,6 +99,7 @@ class RequestQueues:
         queue = self._queues.setdefault((request.account, request.model), [])
         insort(queue, held, key=_age)
         self._tenants[request.tenant] = self.of_tenant(request.tenant) + 1
+        self._classes[request.request_class] += 1
 
     def remove(self, held: Held) -> None:
         """A request leaves, whatever for."""
@@ -103,6 +109,7 @@ class RequestQueues:
         self._queues[key].remove(held)
         if not self._queues[key]:
             del self._queues[key]
+        self._classes[request.request_class] -= 1
         self._tenants[request.tenant] -= 1
         if not self._tenants[request.tenant]:
             del self._tenants[request.tenant]
@@ -128,12 +135,12 @@ class RequestQueues:
         self._rates.setdefault(tenant, Rate()).note(now)
 
     def wait(self, now: float) -> float:
-        """Seconds until a request that came now would be served, at the recent rate."""
-        return _seconds(len(self._held) + 1, self._served, now)
+        """Seconds until those that wait are served, at the recent rate."""
+        return _seconds(len(self._held), self._served, now)
 
     def tenant_wait(self, tenant: str, now: float) -> float:
         """The same, as the tenant's own requests were served."""
-        return _seconds(self.of_tenant(tenant) + 1, self._rates.get(tenant), now)
+        return _seconds(self.of_tenant(tenant), self._rates.get(tenant), now)
 
     def forget_rates(self, now: float) -> None:
         """Drop the rates of tenants that had nothing served for long."""

@@ -61,10 +61,18 @@ class LoadTable:
         self.requests = np.zeros(size, np.int64)
         self.turn = np.zeros(size, np.int64)
         self.pace = np.zeros(size)
+        self.slack = np.zeros(size, np.int64)
+        self.headroom = np.zeros(size, np.int64)
+        self.backlog = np.zeros(size, np.int64)
         self._speed: Floats | None = None
 
-    def put(self, name: str, load: InstanceLoad) -> None:
-        """Add an instance, or replace the load of one that has a row."""
+    @property
+    def size(self) -> int:
+        """Rows, those in use and those that are not."""
+        return len(self.heard)
+
+    def put(self, name: str, load: InstanceLoad) -> int:
+        """Add an instance, or replace the load of one that has a row; returns the row."""
         row = self.rows.get(name)
         if row is None:
             row = self._vacant.pop() if self._vacant else len(self._loads)
@@ -75,14 +83,16 @@ class LoadTable:
             self.rows[name] = row
         self._loads[row] = load
         load.touch()
+        return row
 
-    def remove(self, name: str) -> None:
-        """Forget an instance; its row may be another's next."""
+    def remove(self, name: str) -> int:
+        """Forget an instance; returns its row, which may be another's next."""
         row = self.rows.pop(name)
         self._loads[row] = None
         self.alive[row] = False
         self.heard[row] = -math.inf
         self._vacant.append(row)
+        return row
 
     def load(self, row: int) -> InstanceLoad:
         """The instance in a row that is in use."""
@@ -120,6 +130,8 @@ class LoadTable:
         self.occupancy[row] = view.occupancy
         self.requests[row] = view.num_requests
         self.turn[row] = view.last_placed
+        self.slack[row], self.backlog[row] = load.room(view)
+        self.headroom[row] = view.headroom * model.block_size
         if self.pace[row] != view.prefill_seconds:
             self.pace[row] = view.prefill_seconds
             self._speed = None
@@ -137,6 +149,25 @@ class LoadTable:
                 np.where(silent > self._config.suspect_after, np.int8(_SUSPECT), np.int8(_READY)),
             ),
         )
+
+    def loads(self) -> list[InstanceLoad]:
+        """Every instance that has a row."""
+        return [load for load in self._loads if load is not None]
+
+    def most_room(self, now: float) -> tuple[int, int] | None:
+        """Over the instances that may take requests, the most slack and the least backlog;
+        None if there are none. Slack is in tokens, with the headroom."""
+        self.refresh(now)
+        usable = self._usable(now - self.heard)
+        if not usable.any():
+            return None
+        return (
+            int((self.slack + self.headroom)[usable].max()),
+            int(self.backlog[usable].min()),
+        )
+
+    def _usable(self, silent: Floats) -> Bools:
+        return self.alive & ~self.draining & (silent <= self._config.gone_after)
 
     def speed(self) -> Floats:
         """Per row the speed of prefill relative to the median instance; 1 where unknown."""
@@ -160,7 +191,7 @@ class LoadTable:
         """
         self.refresh(now)
         silent = now - self.heard
-        usable = self.alive & ~self.draining & (silent <= self._config.gone_after)
+        usable = self._usable(silent)
         avoided = [self.rows[name] for name in request.avoid if name in self.rows]
         for row in avoided:
             if since is None or self.heard[row] <= since:
@@ -251,6 +282,21 @@ class Candidates(Sequence[LoadView]):
     def occupancy(self) -> Floats:
         """[n] share of KV blocks used, promised or waited for."""
         return self._table.occupancy[self.rows]
+
+    @property
+    def slack(self) -> Ints:
+        """[n] tokens that a request may have to run at once; negative where none would."""
+        return self._table.slack[self.rows]
+
+    @property
+    def headroom(self) -> Ints:
+        """[n] tokens of KV that are kept free for the interactive class, not in ``slack``."""
+        return self._table.headroom[self.rows]
+
+    @property
+    def backlog(self) -> Ints:
+        """[n] requests that wait there, or will when they arrive."""
+        return self._table.backlog[self.rows]
 
     @property
     def last_placed(self) -> Ints:

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 DISPATCHER_TIMEOUT = 8.0
 """Seconds until an unanswered call counts as the dispatcher being away. A dead one is noticed
-at once; the answer to a new request is held for less while no instance is ready."""
+at once."""
 
 
 def ray_router(config: GatewayConfig, cluster: ClusterRef) -> Router:
@@ -36,9 +36,9 @@ def ray_router(config: GatewayConfig, cluster: ClusterRef) -> Router:
 
         return ray.get_actor(cluster.dispatcher, namespace=cluster.namespace)
 
-    placer = DispatcherClient(dispatcher, DISPATCHER_TIMEOUT)
     # Instances tell the homes of a gateway before and after a restart apart by this id.
     home_id = f"{config.gateway_id}-{uuid.uuid4().hex[:8]}"
+    placer = DispatcherClient(home_id, dispatcher, DISPATCHER_TIMEOUT)
     return Router(home_id, config.token, placer, connect_timeout=config.connect_timeout)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.dispatcher.messages import ClusterView, Placement, PlaceRequest, Refusal
@@ -15,31 +17,54 @@ logger = logging.getLogger(__name__)
 Answer = Placement | Refusal
 
 
+ASK_AGAIN = 2.0
+"""Seconds after which a request that the dispatcher holds is asked for again: its answer may be
+lost, or the dispatcher new."""
+
+
+@dataclass(slots=True, eq=False)
+class _Question:
+    """A request without an answer yet.
+
+    Attributes:
+        until: When nobody wants the answer any more, on the loop's clock.
+        sent: When the dispatcher was asked last.
+    """
+
+    request: PlaceRequest
+    answer: asyncio.Future[Answer]
+    until: float
+    sent: float = 0.0
+
+
 class DispatcherClient:
     """Asks the dispatcher actor where requests run.
 
     Calls in flight are coalesced without a timer: what arrives while a call is out goes
-    with the next one. While the dispatcher is away, requests are placed by
-    power-of-two-choices on the last view (DESIGN, section 7).
+    with the next one. The dispatcher answers at once or says that it holds a request; the
+    answers to those are fetched by another call. While the dispatcher is away, requests are
+    placed by power-of-two-choices on the last view (DESIGN, section 7).
 
     Args:
+        gateway_id: The gateway for which it asks.
         resolve: Returns the dispatcher's actor handle; raises ValueError if there is none.
         timeout: Seconds after which an unanswered call counts as the dispatcher being away.
     """
 
-    def __init__(self, resolve: Callable[[], Any], timeout: float) -> None:
+    def __init__(self, gateway_id: str, resolve: Callable[[], Any], timeout: float) -> None:
         self.view = ClusterView(version=-1)
         self.away = False
+        self._gateway_id = gateway_id
         self._resolve = resolve
         self._timeout = timeout
         self._view_changed: Callable[[ClusterView], None] = lambda _: None
         self._handle: Any = None
-        self._waiting: list[tuple[PlaceRequest, asyncio.Future[Answer]]] = []
+        self._open: dict[tuple[str, int], _Question] = {}
+        self._unsent: list[_Question] = []
         self._finished: list[tuple[str, int]] = []
         self._wanted = asyncio.Event()
         self._promised: dict[str, int] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        # A call may be held while no instance is ready, so a few are out at a time.
         self._calls = asyncio.Semaphore(4)
         self._exchanges: set[asyncio.Task[None]] = set()
 
@@ -50,6 +75,8 @@ class DispatcherClient:
     def start(self) -> None:
         self._tasks = [
             asyncio.create_task(self._exchange_loop()),
+            asyncio.create_task(self._answers_loop()),
+            asyncio.create_task(self._ask_again_loop()),
             asyncio.create_task(self._watch_loop()),
         ]
 
@@ -58,13 +85,16 @@ class DispatcherClient:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for _, future in self._waiting:
-            future.cancel()
+        for question in self._open.values():
+            question.answer.cancel()
 
     def place(self, request: PlaceRequest) -> asyncio.Future[Answer]:
         """Where the request runs; the future never fails."""
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._waiting.append((request, future))
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Answer] = loop.create_future()
+        question = _Question(request, future, loop.time() + request.time_left)
+        self._open[request.request_id, request.epoch] = question
+        self._unsent.append(question)
         self._wanted.set()
         return future
 
@@ -72,6 +102,7 @@ class DispatcherClient:
         """The request needs no instance any more."""
         self._finished.append((request_id, epoch))
         self._wanted.set()
+        self._take(Refusal(request_id, epoch, 404, "this request has ended"))
 
     async def call(self, method: str, *args: Any, timeout: float | None = None) -> Any:
         """Await one method of the dispatcher actor; raises what it raises, or TimeoutError."""
@@ -87,48 +118,69 @@ class DispatcherClient:
             await self._wanted.wait()
             await self._calls.acquire()
             self._wanted.clear()
-            waiting, self._waiting = self._waiting, []
+            unsent, self._unsent = self._unsent, []
             done, self._finished = self._finished, []
-            # A batch is answered together, and a replay may be held until an instance is
-            # back: new requests must not wait for that.
-            new = [one for one in waiting if one[0].epoch == 1]
-            replays = [one for one in waiting if one[0].epoch > 1]
-            if replays:
-                self._spawn(self._exchange(replays, []))
-            self._spawn(self._exchange(new, done)).add_done_callback(
-                lambda _: self._calls.release()
-            )
+            questions = [one for one in unsent if not one.answer.done()]
+            task = asyncio.create_task(self._exchange(questions, done))
+            self._exchanges.add(task)
+            task.add_done_callback(self._exchanges.discard)
+            task.add_done_callback(lambda _: self._calls.release())
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._exchanges.add(task)
-        task.add_done_callback(self._exchanges.discard)
-        return task
-
-    async def _exchange(
-        self,
-        batch: list[tuple[PlaceRequest, asyncio.Future[Answer]]],
-        done: list[tuple[str, int]],
-    ) -> None:
+    async def _exchange(self, questions: list[_Question], done: list[tuple[str, int]]) -> None:
         if done:
             try:
                 await self.call("finished", done)
             except Exception as error:
                 logger.debug("dispatcher did not take %d ends: %s", len(done), error)
-        if not batch:
+        if not questions:
             return
+        now = asyncio.get_running_loop().time()
+        for question in questions:
+            question.sent = now
+            if question.until < math.inf:
+                question.request = replace(question.request, time_left=question.until - now)
+        requests = [question.request for question in questions]
         try:
-            answers = await self.call("place", [request for request, _ in batch])
+            answers = await self.call("place", requests)
             self.away = False
         except Exception as error:
             if not self.away:
                 logger.warning("dispatcher is away (%s); placing by the last view", error)
             self.away = True
             self._handle = None
-            answers = [self._place_alone(request) for request, _ in batch]
-        for (_, future), answer in zip(batch, answers, strict=True):
-            if not future.done():
-                future.set_result(answer)
+            answers = [self._place_alone(request) for request in requests]
+        for answer in answers:
+            if answer is not None:
+                self._take(answer)
+
+    def _take(self, answer: Answer) -> None:
+        question = self._open.pop((answer.request_id, answer.epoch), None)
+        if question is not None and not question.answer.done():
+            question.answer.set_result(answer)
+
+    async def _answers_loop(self) -> None:
+        """Fetch the answers to what the dispatcher holds."""
+        while True:
+            try:
+                for answer in await self.call("answers", self._gateway_id, 1.0):
+                    self._take(answer)
+            except Exception as error:
+                logger.debug("no answers from the dispatcher: %s", error)
+                await asyncio.sleep(0.2)
+
+    async def _ask_again_loop(self) -> None:
+        while True:
+            await asyncio.sleep(ASK_AGAIN / 4)
+            oldest = asyncio.get_running_loop().time() - ASK_AGAIN
+            waiting = set(self._unsent)
+            again = [
+                question
+                for question in self._open.values()
+                if 0.0 < question.sent < oldest and question not in waiting
+            ]
+            if again:
+                self._unsent.extend(again)
+                self._wanted.set()
 
     def _place_alone(self, request: PlaceRequest) -> Answer:
         """Power of two choices on the last view plus what was placed since."""
@@ -156,10 +208,10 @@ class DispatcherClient:
     async def _watch_loop(self) -> None:
         known = False
         while True:
-            # A dispatcher that was restarted may have forgotten what operators had set.
-            overrides = None if known else self.view.overrides
+            # A dispatcher that was restarted may have forgotten what it said last.
+            told = {"overrides": self.view.overrides, "ledger": self.view.ledger}
             try:
-                view = await self.call("watch", self.view.version, 1.0, overrides)
+                view = await self.call("watch", self.view.version, 1.0, None if known else told)
                 known = True
             except Exception as error:
                 logger.debug("no view from the dispatcher: %s", error)

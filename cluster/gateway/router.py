@@ -23,6 +23,8 @@ from cluster.gateway.home import (
 )
 from cluster.gateway.links import InstanceLink
 from instance import wire
+from instance.kv.prefix import with_adapter
+from instance.kv.prefix_events import prompt_keys
 from instance.load import InstanceInfo
 from instance.request import FinishReason, Request, TokenLogprobs
 from protos import generate_pb2 as pb
@@ -111,6 +113,7 @@ class RequestStream:
         replays: Times the request was started again elsewhere.
         pauses: Seconds between tokens at moves, until somebody takes them out.
         stalls: The same at replays.
+        prefix: Keys of the prompt's leading blocks, once they were made.
     """
 
     def __init__(self, router: Router, request: Request) -> None:
@@ -119,6 +122,7 @@ class RequestStream:
         self.epoch = 1
         self.migrations = 0
         self.replays = 0
+        self.prefix: bytes | None = None
         self.num_output = 0
         self.started = time.monotonic()
         self.stalled_since: float | None = None
@@ -373,6 +377,7 @@ class Router:
                     arrival=request.arrival,
                     model=request.model,
                     avoid=action.avoid,
+                    prefix=self._prefix(stream),
                 )
             )
             if isinstance(answer, Placement):
@@ -390,6 +395,18 @@ class Router:
                 return
             await asyncio.sleep(delay)
             delay = min(2 * delay, 0.5)
+
+    def _prefix(self, stream: RequestStream) -> bytes:
+        """Keys of the prompt's leading blocks, as the instances of its model know them."""
+        if stream.prefix is None:
+            request = stream.request
+            models = (one.info.model for one in self.view.instances)
+            model = next((m for m in models if request.model in (m.name, "")), None)
+            if model is None:
+                return b""
+            salt = with_adapter(model.kv_salt, request.adapter)
+            stream.prefix = prompt_keys(request.prompt, model.block_size, salt)
+        return stream.prefix
 
     def _expect(self, peer: Peer) -> None:
         """A request goes to this peer: unless a stream comes up in time, it is gone."""

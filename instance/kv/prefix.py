@@ -27,6 +27,11 @@ def hash_root(salt: bytes) -> bytes:
     return hashlib.blake2b(salt, digest_size=DIGEST_BYTES).digest()
 
 
+def with_adapter(salt: bytes, adapter: str) -> bytes:
+    """The salt of a sequence that uses an adapter; "" means none."""
+    return salt + b"\0" + adapter.encode() if adapter else salt
+
+
 def hash_block(previous: bytes, tokens: Sequence[int]) -> bytes:
     """The hash of a full block, given the hash of the block (or root) before it."""
     packed = struct.pack(f"<{len(tokens)}q", *tokens)

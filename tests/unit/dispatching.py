@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from cluster.dispatcher.core import Dispatcher, DispatcherConfig
 from cluster.dispatcher.events import (
@@ -18,6 +18,7 @@ from cluster.dispatcher.events import (
     Tick,
 )
 from cluster.dispatcher.messages import PlaceRequest
+from cluster.dispatcher.requests import RequestConfig
 from instance.executor import ModelDescription
 from instance.load import InstanceInfo, LoadReport, MigrationReport, SequenceLoad
 from instance.request import RequestClass
@@ -44,7 +45,7 @@ def ask(request_id: str, epoch: int = 1, tokens: int = 100, **more) -> PlaceRequ
         request_id=request_id,
         epoch=epoch,
         gateway_id="gateway-0",
-        tenant="default",
+        tenant=more.pop("tenant", "default"),
         request_class=more.pop("request_class", RequestClass.STANDARD),
         num_tokens=tokens,
         max_tokens=64,
@@ -96,8 +97,14 @@ def report(
     )
 
 
+REQUEST_SETTINGS = {field.name for field in fields(RequestConfig)}
+
+
 def dispatcher(**settings) -> Dispatcher:
-    return Dispatcher(DispatcherConfig(**settings), random.Random(0))
+    """A dispatcher; settings may be those of ``DispatcherConfig`` and ``RequestConfig``."""
+    own = {name: settings.pop(name) for name in REQUEST_SETTINGS & settings.keys()}
+    config = DispatcherConfig(requests=RequestConfig(**own), **settings)
+    return Dispatcher(config, random.Random(0))
 
 
 def placed(actions: list[Action]) -> list[str]:

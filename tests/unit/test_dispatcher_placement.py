@@ -21,6 +21,7 @@ from cluster.dispatcher.events import (
 )
 from cluster.dispatcher.load import InstanceLoad, InstanceState, LoadConfig, blocks_for
 from cluster.dispatcher.placement import POLICIES
+from cluster.dispatcher.requests import RequestConfig
 from instance.request import RequestClass
 from tests.unit.dispatching import (
     BLOCK_SIZE,
@@ -136,7 +137,9 @@ def test_a_late_goodbye_of_an_older_incarnation_is_ignored() -> None:
     policy=st.sampled_from(["freeness", "least_loaded", "round_robin"]),
 )
 def test_a_burst_does_not_herd(count: int, instances: int, tokens: int, policy: str) -> None:
-    core = joined(dispatcher(placement=policy), *(f"i{n}" for n in range(instances)))
+    core = joined(
+        dispatcher(placement=policy, run_ahead=None), *(f"i{n}" for n in range(instances))
+    )
     chosen = Counter({f"i{n}": 0 for n in range(instances)})
     for number in range(count):
         chosen.update(placed(core.handle(PlaceRequested(ask(f"r{number}", tokens=tokens)), 0.0)))
@@ -231,7 +234,10 @@ def test_a_replay_moves_the_charge() -> None:
     seed=st.integers(0, 2**32),
 )
 def test_every_policy_answers_when_an_instance_is_ready(policy, loads, tokens, seed) -> None:
-    core = Dispatcher(DispatcherConfig(placement=policy), random.Random(seed))
+    core = Dispatcher(
+        DispatcherConfig(placement=policy, requests=RequestConfig(run_ahead=None)),
+        random.Random(seed),
+    )
     for index, sizes in enumerate(loads):
         core.handle(Joined(info(f"i{index}")), 0.0)
         found = tuple(
@@ -336,7 +342,7 @@ def test_requests_are_held_until_an_instance_joins_in_order_of_class_and_arrival
 
 
 def test_a_held_request_is_refused_at_its_deadline_with_retry_after() -> None:
-    core = dispatcher(hold_timeout=5.0, replay_hold_timeout=30.0)
+    core = dispatcher(hold_timeout=5.0, replay_hold_timeout=30.0, home_timeout=60.0)
     core.handle(PlaceRequested(ask("new")), 0.0)
     core.handle(PlaceRequested(ask("replay", 2)), 0.0)
     assert core.handle(Tick(), 4.9) == []
@@ -349,12 +355,13 @@ def test_a_held_request_is_refused_at_its_deadline_with_retry_after() -> None:
     assert (action.refusal.request_id, action.refusal.status) == ("replay", 503)
 
 
-def test_a_replay_is_never_refused_with_429() -> None:
-    core = dispatcher(max_held=1)
+def test_a_replay_is_held_however_many_wait() -> None:
+    core = dispatcher(max_queued=1)
     assert core.handle(PlaceRequested(ask("a")), 0.0) == []
     (action,) = core.handle(PlaceRequested(ask("b")), 0.0)
     assert isinstance(action, Refuse)
-    assert action.refusal.status == 429
+    assert action.refusal.status == 503
+    assert action.refusal.retry_after > 0
     assert core.handle(PlaceRequested(ask("c", 2)), 0.0) == []
 
 

@@ -126,7 +126,7 @@ def test_pauses_and_stalls_are_observed_once() -> None:
 
 def busy() -> World:
     """A cluster that has seen most of what the dispatcher counts."""
-    world = World(dispatcher(max_held=0))
+    world = World(dispatcher(max_queued=0))
     world.place(ask("too early"))
     world.join("i0")
     world.join("i1")
