@@ -43,6 +43,7 @@ INSTANCE_CORES = (
     "instance/migration/protocol.py",
 )
 GATEWAY_CORES = ("cluster/gateway/home.py", "cluster/gateway/stop_strings.py")
+SIMULATION_CORES = ("cluster/simulation/profile.py", "cluster/simulation/profile_fit.py")
 CORE_FOLDERS = ("instance/kv", "cluster/dispatcher", "cluster/simulation/workloads")
 SHELLS = {"copier.py", "actor.py", "sources.py", "store.py", "__init__.py"}
 """Modules of the core folders that do I/O."""
@@ -80,7 +81,14 @@ def layer_modules() -> list[Path]:
 def cores() -> list[Path]:
     files = [path for folder in CORE_FOLDERS for path in (ROOT / folder).glob("*.py")]
     found = [path.relative_to(ROOT) for path in files if path.name not in SHELLS]
-    return sorted([*found, *map(Path, INSTANCE_CORES), *map(Path, GATEWAY_CORES)])
+    return sorted(
+        [
+            *found,
+            *map(Path, INSTANCE_CORES),
+            *map(Path, GATEWAY_CORES),
+            *map(Path, SIMULATION_CORES),
+        ]
+    )
 
 
 def module_name(path: Path) -> str:
