@@ -29,7 +29,7 @@ from cluster.ray_setup import (
 )
 from cluster.reporter import DispatcherReporter
 from instance.config import EngineConfig
-from instance.load import InstanceInfo, MigrationReport
+from instance.load import InstanceInfo, MigrationReport, Role
 
 # Ray is imported within functions: it reads its environment when it is imported, so
 # `prepare_ray` must come first.
@@ -92,6 +92,12 @@ class InstanceProcess:
 
     def drain(self, on: bool) -> None:
         self._actor.drain(on)
+
+    def set_role(self, role: Role) -> None:
+        self._actor.set_role(role)
+
+    def tell_prefixes(self) -> None:
+        self._actor.tell_prefixes()
 
     def check(self) -> dict[str, Any]:
         return self._actor.check()

@@ -74,6 +74,17 @@ class DispatcherConfig:
     rebalance: RebalanceConfig = field(default_factory=RebalanceConfig)
 
 
+class _TenantOrder:
+    """The ledger, as rebalancing asks it."""
+
+    def __init__(self, ledger: FairnessLedger) -> None:
+        self.counter = ledger.counter
+        self._ledger = ledger
+
+    def theta(self, info: InstanceInfo) -> float:
+        return self._ledger.theta(Source(info.instance_id, info.incarnation))
+
+
 class Dispatcher:
     """Knows the instances and their load, places requests and plans migrations.
 
@@ -116,6 +127,7 @@ class Dispatcher:
             config.migration_timeout,
             self._count,
             self.placing.is_over,
+            _TenantOrder(self.ledger),
         )
 
     def handle(self, event: Event, now: float) -> list[Action]:

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 
+from cluster.dispatcher.duties import plan_drain, plan_handoff
 from cluster.dispatcher.events import Action, RejectMigration, StartMigration
-from cluster.dispatcher.load import InstanceLoad, InstanceState, Transfer
+from cluster.dispatcher.gains import (
+    Order,
+    plan_balance,
+    plan_defragment,
+    plan_fairness,
+    plan_isolate,
+)
+from cluster.dispatcher.links import LinkRates
+from cluster.dispatcher.llumnix import plan_llumnix
+from cluster.dispatcher.load import InstanceLoad, InstanceState, LoadView, Transfer
 from cluster.dispatcher.members import Members
 from cluster.dispatcher.rebalance import (
     Cooldowns,
     Move,
     RebalanceConfig,
+    Round,
     best_destination,
-    plan_balance,
-    plan_drain,
 )
-from instance.load import MigrationReport, SequenceLoad
+from instance.load import MigrationReport, Role, SequenceLoad
 
 MOVED = "moved"
 
@@ -31,6 +41,12 @@ class Migrations:
         timeout: Seconds after which a migration that nobody ended is forgotten.
         count: Counts an event of a kind under a reason.
         is_over: Whether a sequence has ended or is void.
+        order: How far tenants are behind; None where no ledger is kept.
+
+    Attributes:
+        config: As given; may be replaced.
+        rules: By which requests move: "gain", "llumnix" or "off"; drains and handoffs go on.
+        links: How fast KV moves.
     """
 
     def __init__(
@@ -40,14 +56,19 @@ class Migrations:
         timeout: float,
         count: Callable[[str, str, int], None],
         is_over: Callable[[SequenceLoad], bool],
+        order: Order | None = None,
     ) -> None:
         self.config = config
+        self.rules = "gain"
+        self._order = order
+        self.links = LinkRates()
         self._members = members
         self._timeout = timeout
         self._count = count
         self._is_over = is_over
         self._cooldowns = Cooldowns()
         self._balanced = -math.inf
+        self._waited: dict[str, float] = {}
 
     def requested(self, request_id: str, destination: str | None, now: float) -> list[Action]:
         """An operator wants a request moved; ``destination`` None leaves the choice open."""
@@ -87,15 +108,18 @@ class Migrations:
         transfer = members.end(report.request_id)
         if transfer is None:
             return
-        for instance_id in (transfer.source, transfer.destination):
-            if instance_id in members.loads:
-                members.loads[instance_id].settled = now
+        source = members.loads.get(transfer.source)
+        destination = members.loads.get(transfer.destination)
+        for load in (source, destination):
+            if load is not None:
+                load.settled = now
+        if source is not None and destination is not None:
+            self.links.note(source.info, destination.info, report)
         if report.outcome != MOVED:
             return
         # The home advances the epoch by one when it grants the destination's claim.
         moved = dataclasses.replace(transfer.sequence, epoch=transfer.sequence.epoch + 1)
         members.release(moved.request_id, moved.epoch)
-        destination = members.loads.get(transfer.destination)
         if destination is not None and not self._is_over(moved):
             destination.charge(moved, now)
 
@@ -106,28 +130,69 @@ class Migrations:
             if now - transfer.since > self._timeout:
                 members.end(request_id)
                 self._count("migrations_ended", f"{transfer.reason}/forgotten", 1)
-        self._cooldowns.prune(now, config)
+        rules = self.rules if config.enabled else "off"
+        due = rules != "off" and now - self._balanced >= config.interval
+        views = {view.instance_id: view for view in members.views(now)}
+        emptying = [
+            name
+            for name, view in views.items()
+            if view.state is InstanceState.DRAINING or view.role is Role.PREFILL
+        ]
         budget = config.max_in_flight - len(members.transfers)
-        due = config.enabled and now - self._balanced >= config.interval
-        views = members.views(now)
-        draining = any(view.state is InstanceState.DRAINING for view in views)
-        if budget <= 0 or not (due or draining):
+        if budget <= 0 or not (due or emptying):
             return []
-        sequences = {view.instance_id: members.staying(view.instance_id) for view in views}
-        barred = {s.request_id for found in sequences.values() for s in found if self._is_over(s)}
-        moves = plan_drain(views, sequences, barred, self._cooldowns, now, budget, config)
-        if due and not moves:
+        plan = self._round(views, list(views) if due else emptying, budget, now)
+        plan_drain(plan, {name for name in emptying if members.loads[name].leaving})
+        plan_handoff(plan)
+        owed = len(plan.moves)
+        if due:
             self._balanced = now
-            settled = [view for view in views if members.settled(view.instance_id)]
-            moves = plan_balance(settled, sequences, barred, self._cooldowns, now, budget, config)
-        return [self._start(move, now) for move in moves]
+            self._cooldowns.prune(now, config, self._waited_or_running(plan))
+            if rules == "llumnix":
+                plan_llumnix(plan)
+            else:
+                plan_defragment(plan)
+                plan_isolate(plan)
+                if self._order is not None:
+                    plan_fairness(plan, self._order)
+                plan_balance(plan)
+        return [self._start(move, now, at >= owed) for at, move in enumerate(plan.moves)]
 
-    def _start(self, move: Move, now: float) -> StartMigration:
+    def _round(
+        self, views: dict[str, LoadView], listed: list[str], budget: int, now: float
+    ) -> Round:
+        members, config = self._members, self.config
+        slots = Counter(dict.fromkeys(views, config.max_per_instance))
+        for transfer in members.transfers.values():
+            slots.subtract((transfer.source, transfer.destination))
+        sequences = {name: members.staying(name) for name in listed}
+        if len(listed) == len(views):
+            waiting = {s.request_id for found in sequences.values() for s in found if not s.running}
+            self._waited = {key: self._waited.get(key, now) for key in waiting}
+        return Round(
+            views=views,
+            sequences=sequences,
+            settled={name for name in views if members.settled(name)},
+            barred=self._is_over,
+            waited=self._waited,
+            cooldowns=self._cooldowns,
+            links=self.links,
+            config=config,
+            now=now,
+            slots=slots,
+            budget=budget,
+        )
+
+    def _waited_or_running(self, plan: Round) -> Callable[[str], bool]:
+        present = {s.request_id for found in plan.sequences.values() for s in found}
+        return lambda request_id: request_id in present or request_id in self._members.transfers
+
+    def _start(self, move: Move, now: float, for_gain: bool = False) -> StartMigration:
         request_id = move.sequence.request_id
         self._members.begin(
             Transfer(move.sequence, move.source, move.destination, move.reason, now)
         )
-        self._cooldowns.note(move, now)
+        self._cooldowns.note(move, now, for_gain)
         self._count("migrations_started", move.reason, 1)
         destination = self._members.loads[move.destination].info
         return StartMigration(request_id, move.source, destination, move.reason)

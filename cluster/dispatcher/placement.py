@@ -7,13 +7,13 @@ users add their own by file (``cluster/user_policy.py``).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
+from cluster.dispatcher.llumnix import remaining_steps
 from cluster.dispatcher.load import LoadView
 from cluster.dispatcher.messages import PlaceRequest
 from cluster.dispatcher.table import Candidates
@@ -90,12 +90,7 @@ def llumnix(request: PlaceRequest, candidates: Candidates, rng: Uniform) -> Load
     loads as last reported: what was dispatched since is not seen.
     """
 
-    def remaining_steps(view: LoadView) -> float:
-        free, running, waiting, _ = view.reported
-        count = running + len(waiting)
-        return (free - sum(waiting)) / count if count else math.inf
-
-    return max(candidates, key=remaining_steps)
+    return max(candidates, key=lambda view: remaining_steps(view, all_waiting=True))
 
 
 def infaas(request: PlaceRequest, candidates: Candidates, rng: Uniform) -> LoadView:

@@ -1,19 +1,15 @@
-"""Rebalancing: which requests move, from where to where, and whether that gains.
-
-Llumnix (section 4.4.3) pairs instances below a low threshold of freeness with those above
-a high one, whatever the move brings. Here a move is made only if it raises the lesser
-freeness of the pair by more than it costs, so that moves cannot go back and forth while
-the load stays the same: each one raises the sorted list of freenesses.
-"""
+"""Moves of requests between instances: what one costs and brings, and a round of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
+from cluster.dispatcher.links import LinkRates
 from cluster.dispatcher.load import InstanceState, LoadView
-from instance.load import SequenceLoad
+from instance.load import Role, SequenceLoad
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,27 +17,35 @@ class RebalanceConfig:
     """When to move running requests.
 
     Attributes:
-        enabled: Move requests to balance load. Draining works regardless.
+        enabled: Move requests for what it brings. Drains and handoffs work regardless.
         interval: Seconds between rounds.
         hysteresis: The freest instance's freeness must exceed the least free one's by this
             share of it.
-        min_gain: KV blocks that a move must gain beyond its cost, over the source's batch.
-        cost_per_block: Cost of moving one KV block, in KV blocks of gain.
-        request_cooldown: Seconds before a request that moved for balance may move again.
+        min_gain: Seconds that a move must gain beyond its cost.
+        move_seconds: Cost of any move in seconds, beside the transfer of its KV.
+        step_seconds: Duration of a decode step where none was measured.
+        request_cooldown: Seconds before a request that moved for gain may move so again.
         pair_cooldown: Seconds before the same two instances are paired again.
-        retry: Seconds before a request that could not leave a draining instance tries again.
+        retry: Seconds before a request that could not leave where it must tries again.
+        max_moves: Moves for gain that one request makes at most.
         max_in_flight: Migrations under way at a time, over the cluster.
+        max_per_instance: The same, from and to one instance together.
+        defragment_moves: Requests that move away at most to make room for a waiting one.
     """
 
     enabled: bool = True
     interval: float = 1.0
     hysteresis: float = 0.2
-    min_gain: float = 1.0
-    cost_per_block: float = 0.1
+    min_gain: float = 0.2
+    move_seconds: float = 0.05
+    step_seconds: float = 0.02
     request_cooldown: float = 10.0
     pair_cooldown: float = 2.0
     retry: float = 1.0
-    max_in_flight: int = 4
+    max_moves: int = 8
+    max_in_flight: int = 16
+    max_per_instance: int = 2
+    defragment_moves: int = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,28 +60,38 @@ class Move:
 
 @dataclass(slots=True)
 class Cooldowns:
-    """When requests moved and pairs were used last."""
+    """When requests moved and pairs were used last, and how often requests moved for gain."""
 
     requests: dict[str, float] = field(default_factory=dict)
     pairs: dict[frozenset[str], float] = field(default_factory=dict)
+    moves: Counter[str] = field(default_factory=Counter)
 
-    def note(self, move: Move, now: float) -> None:
+    def note(self, move: Move, now: float, for_gain: bool) -> None:
         """A move was started."""
         self.requests[move.sequence.request_id] = now
-        self.pairs[frozenset((move.source, move.destination))] = now
+        if for_gain:
+            self.pairs[frozenset((move.source, move.destination))] = now
+            self.moves[move.sequence.request_id] += 1
 
-    def prune(self, now: float, config: RebalanceConfig) -> None:
+    def prune(self, now: float, config: RebalanceConfig, present: Callable[[str], bool]) -> None:
         """Forget what no longer matters."""
         oldest = now - max(config.request_cooldown, config.retry)
         self.requests = {key: at for key, at in self.requests.items() if at > oldest}
         oldest = now - config.pair_cooldown
         self.pairs = {key: at for key, at in self.pairs.items() if at > oldest}
+        for request_id in [key for key in self.moves if not present(key)]:
+            del self.moves[request_id]
 
     def request_rests(self, request_id: str, now: float, seconds: float) -> bool:
+        """Whether a request moved less than ``seconds`` ago."""
         return now - self.requests.get(request_id, -math.inf) < seconds
 
     def pair_rests(self, one: str, other: str, now: float, seconds: float) -> bool:
+        """Whether two instances were paired less than ``seconds`` ago."""
         return now - self.pairs.get(frozenset((one, other)), -math.inf) < seconds
+
+
+# ---- one move
 
 
 def compatible(source: LoadView, destination: LoadView) -> bool:
@@ -85,6 +99,12 @@ def compatible(source: LoadView, destination: LoadView) -> bool:
     return source.instance_id != destination.instance_id and (
         source.info.model == destination.info.model
     )
+
+
+def suits(view: LoadView, sequence: SequenceLoad) -> bool:
+    """Whether an instance of its role does what a sequence needs next."""
+    other = Role.DECODE if not sequence.running or sequence.uncomputed > 1 else Role.PREFILL
+    return view.role is not other
 
 
 def without(view: LoadView, sequence: SequenceLoad, position: int | None) -> LoadView:
@@ -110,25 +130,43 @@ def has_room(view: LoadView, blocks: int) -> bool:
     )
 
 
+def block_seconds(view: LoadView, config: RebalanceConfig) -> float:
+    """Seconds in which a decoding sequence fills one KV block."""
+    return view.info.model.block_size * (view.step_seconds or config.step_seconds)
+
+
+def cost(
+    source: LoadView,
+    destination: LoadView,
+    sequence: SequenceLoad,
+    links: LinkRates,
+    config: RebalanceConfig,
+) -> float:
+    """Seconds that a move costs; a waiting sequence has no KV to transfer."""
+    blocks = sequence.blocks if sequence.running else 0
+    return config.move_seconds + links.seconds(source.info, destination.info, blocks)
+
+
 def gain(
     source: LoadView,
     destination: LoadView,
     sequence: SequenceLoad,
     position: int | None,
+    links: LinkRates,
     config: RebalanceConfig,
 ) -> float:
-    """What a move brings beyond its cost, in KV blocks over the source's batch.
+    """What a move for balance brings beyond its cost, in seconds.
 
-    The benefit is the rise of the lesser freeness of the two instances, times the
-    sequences that enjoy it; the cost is the KV to move (none for a waiting sequence).
+    The benefit is the rise of the lesser freeness of the two instances, times the sequences
+    that enjoy it: so much longer all of them together decode before memory is short.
     """
     before = min(source.rebalancing_freeness(), destination.rebalancing_freeness())
     after = min(
         without(source, sequence, position).rebalancing_freeness(),
         with_arrival(destination, sequence).rebalancing_freeness(),
     )
-    cost = config.cost_per_block * sequence.blocks if sequence.running else 0.0
-    return (after - before) * max(1, source.running) - cost
+    benefit = (after - before) * max(1, source.running) * block_seconds(source, config)
+    return benefit - cost(source, destination, sequence, links, config)
 
 
 def candidates(
@@ -160,105 +198,117 @@ def candidates(
     return ordered
 
 
-def plan_balance(
-    views: Sequence[LoadView],
-    sequences: Mapping[str, Sequence[SequenceLoad]],
-    barred: Set[str],
-    cooldowns: Cooldowns,
-    now: float,
-    budget: int,
-    config: RebalanceConfig,
-) -> list[Move]:
-    """Pair the least free instance with the freest, as long as that gains.
-
-    Args:
-        views: Instances whose load is settled enough to judge.
-        sequences: By instance id, in the order of the report, those not on their way.
-        barred: Requests that shall not move.
-        budget: Moves at most.
-    """
-    ready = [view for view in views if view.state is InstanceState.READY]
-    ready.sort(key=lambda view: (view.rebalancing_freeness(), view.instance_id))
-    moves: list[Move] = []
-    low, high = 0, len(ready) - 1
-    while low < high and len(moves) < budget:
-        source, destination = ready[low], ready[high]
-        needed = source.rebalancing_freeness()
-        needed += config.hysteresis * abs(needed)
-        if destination.rebalancing_freeness() <= needed:
-            break
-        move = None
-        rests = cooldowns.pair_rests(
-            source.instance_id, destination.instance_id, now, config.pair_cooldown
-        )
-        if not rests and compatible(source, destination):
-            move = _choose(source, destination, sequences, barred, cooldowns, now, config)
-        if move is not None:
-            moves.append(move)
-            high -= 1
-        low += 1
-    return moves
-
-
-def _choose(
-    source: LoadView,
-    destination: LoadView,
-    sequences: Mapping[str, Sequence[SequenceLoad]],
-    barred: Set[str],
-    cooldowns: Cooldowns,
-    now: float,
-    config: RebalanceConfig,
-) -> Move | None:
-    for sequence, position in candidates(source, sequences[source.instance_id]):
-        if sequence.migrating or sequence.request_id in barred:
-            continue
-        if not has_room(destination, sequence.blocks):
-            continue
-        if cooldowns.request_rests(sequence.request_id, now, config.request_cooldown):
-            continue
-        if gain(source, destination, sequence, position, config) > config.min_gain:
-            return Move(sequence, source.instance_id, destination.instance_id, "balance")
-    return None
-
-
-def plan_drain(
-    views: Sequence[LoadView],
-    sequences: Mapping[str, Sequence[SequenceLoad]],
-    barred: Set[str],
-    cooldowns: Cooldowns,
-    now: float,
-    budget: int,
-    config: RebalanceConfig,
-) -> list[Move]:
-    """Send the requests of draining instances to the freest that has room for each."""
-    current = {view.instance_id: view for view in views}
-    moves: list[Move] = []
-    for view in views:
-        if view.state is not InstanceState.DRAINING:
-            continue
-        for sequence in sequences[view.instance_id]:
-            if len(moves) >= budget:
-                return moves
-            if sequence.migrating or sequence.request_id in barred:
-                continue
-            if cooldowns.request_rests(sequence.request_id, now, config.retry):
-                continue
-            target = best_destination(view, current.values(), sequence)
-            if target is not None:
-                moves.append(Move(sequence, view.instance_id, target.instance_id, "drain"))
-                current[target.instance_id] = with_arrival(target, sequence)
-    return moves
-
-
 def best_destination(
     source: LoadView, views: Iterable[LoadView], sequence: SequenceLoad
 ) -> LoadView | None:
-    """The freest other instance that is ready and has room, if any."""
+    """The freest other instance that is ready and has room, if any; one that suits first."""
     fitting = [
         view for view in views if compatible(source, view) and has_room(view, sequence.blocks)
     ]
     return max(
         fitting,
-        key=lambda view: (view.rebalancing_freeness(), view.instance_id),
+        key=lambda view: (
+            suits(view, sequence),
+            view.rebalancing_freeness(),
+            view.instance_id,
+        ),
         default=None,
     )
+
+
+# ---- a round
+
+
+@dataclass(slots=True)
+class Round:
+    """The moves planned at one instant; every move is seen by those planned after it.
+
+    Attributes:
+        views: By instance id, as if the moves so far were made.
+        sequences: By instance id, in the order of the report, those not on their way.
+        settled: Instances whose load is known well enough to move requests for gain.
+        barred: Whether a request has ended, or is void, and shall not move.
+        waited: Since when each waiting request has been seen waiting.
+        slots: Migrations that may still be started from or to each instance.
+        budget: Moves that may still be added.
+        moves: Those added.
+    """
+
+    views: dict[str, LoadView]
+    sequences: Mapping[str, Sequence[SequenceLoad]]
+    settled: Set[str]
+    barred: Callable[[SequenceLoad], bool]
+    waited: Mapping[str, float]
+    cooldowns: Cooldowns
+    links: LinkRates
+    config: RebalanceConfig
+    now: float
+    slots: Counter[str]
+    budget: int
+    moves: list[Move] = field(default_factory=list)
+    _moved: set[str] = field(default_factory=set)
+
+    def add(self, move: Move, position: int | None = None) -> None:
+        """Plan a move; ``position`` is the sequence's place among the waiting."""
+        self.moves.append(move)
+        self.budget -= 1
+        self._moved.add(move.sequence.request_id)
+        for name in (move.source, move.destination):
+            self.slots[name] -= 1
+        source = self.views[move.source]
+        self.views[move.source] = without(source, move.sequence, position)
+        self.views[move.destination] = with_arrival(self.views[move.destination], move.sequence)
+
+    def moved(self, sequence: SequenceLoad) -> bool:
+        """Whether this round moves a request."""
+        return sequence.request_id in self._moved
+
+    def free_slot(self, name: str) -> bool:
+        """Whether one more migration from or to an instance may start."""
+        return self.budget > 0 and self.slots[name] > 0
+
+    def may_move(self, sequence: SequenceLoad, rest: float) -> bool:
+        """Whether a request is free to go, its last move being ``rest`` seconds ago."""
+        return not (
+            sequence.migrating
+            or sequence.request_id in self._moved
+            or self.barred(sequence)
+            or self.cooldowns.request_rests(sequence.request_id, self.now, rest)
+        )
+
+    def may_gain(self, sequence: SequenceLoad) -> bool:
+        """Whether a request is free to go for what it brings."""
+        return (
+            self.may_move(sequence, self.config.request_cooldown)
+            and self.cooldowns.moves[sequence.request_id] < self.config.max_moves
+        )
+
+    def sources(self) -> list[LoadView]:
+        """Ready and settled instances from which a move for gain may start."""
+        return [view for view in self.views.values() if self.takes_part(view)]
+
+    def takes_part(self, view: LoadView) -> bool:
+        """Whether an instance is well enough known to give or take for gain."""
+        name = view.instance_id
+        return view.state is InstanceState.READY and name in self.settled and self.free_slot(name)
+
+    def destination(self, source: LoadView, sequence: SequenceLoad) -> LoadView | None:
+        """Where a sequence that moves for gain goes best, if anywhere."""
+        found = best_destination(
+            source,
+            (v for v in self.views.values() if self.takes_part(v) and suits(v, sequence)),
+            sequence,
+        )
+        if found is None or self.cooldowns.pair_rests(
+            source.instance_id, found.instance_id, self.now, self.config.pair_cooldown
+        ):
+            return None
+        return found
+
+    def patience(self, sequence: SequenceLoad) -> float:
+        """Seconds for which a waiting request will likely wait on: as long as it has waited."""
+        return self.now - self.waited.get(sequence.request_id, self.now)
+
+    def cost(self, source: LoadView, destination: LoadView, sequence: SequenceLoad) -> float:
+        """Seconds that a move costs."""
+        return cost(source, destination, sequence, self.links, self.config)
