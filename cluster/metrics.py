@@ -17,6 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from instance.kv.figures import LOST_BOUNDS, RUN_BOUNDS
+
 Kind = Literal["counter", "gauge", "histogram"]
 Source = Literal["gateway", "view", "dispatcher", "instance"]
 
@@ -125,6 +127,48 @@ SERIES = (
     # ---- what instances count
     Series("drover_instance_steps_total", "counter", "instance", INSTANCE,
            "Steps of the engine."),
+    Series("vllm:num_preemptions_total", "counter", "instance", INSTANCE,
+           "Sequences that lost their place in the batch."),
+    Series("drover_preemptions_total", "counter", "instance", (*INSTANCE, "reason"),
+           "The same by reason: overflow (memory), priority (class) or fairness (tenant)."),
+    Series("drover_preemption_seconds", "histogram", "instance", INSTANCE,
+           "From a preemption to the next step with the sequence.", LOST_BOUNDS),
+    Series("drover_prefill_pauses_total", "counter", "instance", INSTANCE,
+           "Running prefills made to stand still for a tenant further behind."),
+    Series("drover_prefills_paused", "gauge", "instance", INSTANCE,
+           "Prefills that stand still now."),
+    Series("drover_preemption_threshold", "gauge", "instance", INSTANCE,
+           "Service by weight that a tenant must be behind to preempt another (theta)."),
+    Series("drover_swapped_sequences_total", "counter", "instance", (*INSTANCE, "direction"),
+           "Sequences whose KV began to leave for host memory (out) or to return (in)."),
+    Series("drover_swapped_blocks_total", "counter", "instance", (*INSTANCE, "direction"),
+           "KV blocks copied to host memory (out) and back (in)."),
+    Series("drover_swapped_bytes_total", "counter", "instance", (*INSTANCE, "direction"),
+           "The same in bytes."),
+    Series("drover_swap_copies_total", "counter", "instance", (*INSTANCE, "direction"),
+           "Contiguous pieces they were copied in."),
+    Series("drover_swap_copy_seconds_total", "counter", "instance", (*INSTANCE, "direction"),
+           "Time that these copies took."),
+    Series("drover_swap_run_blocks", "histogram", "instance", INSTANCE,
+           "Length of the pieces in blocks.", tuple(map(float, RUN_BOUNDS))),
+    Series("drover_swap_failures_total", "counter", "instance", INSTANCE,
+           "Copies that went wrong; their sequences are computed again."),
+    Series("drover_swap_kept_blocks_total", "counter", "instance", INSTANCE,
+           "Blocks of sequences that left which had a valid copy already."),
+    Series("drover_swap_hit_blocks_total", "counter", "instance", INSTANCE,
+           "Blocks read back from copies that other sequences or turns had left."),
+    Series("drover_swap_dropped_blocks_total", "counter", "instance", INSTANCE,
+           "Copies of running sequences given up for lack of host memory."),
+    Series("drover_swap_stalls_total", "counter", "instance", INSTANCE,
+           "Steps held back until a copy ended."),
+    Series("drover_swap_stall_seconds_total", "counter", "instance", INSTANCE,
+           "Time they were late."),
+    Series("drover_swap_decisions_total", "counter", "instance", (*INSTANCE, "choice", "reason"),
+           "Swap, recompute or wait, and why."),
+    Series("drover_host_blocks", "gauge", "instance", INSTANCE,
+           "KV blocks that fit into host memory."),
+    Series("drover_host_blocks_used", "gauge", "instance", INSTANCE,
+           "Those that hold a copy."),
     # ---- the dispatcher's decisions
     Series("drover_dispatcher_start_time_seconds", "gauge", "dispatcher", (),
            "When the dispatcher started, in Unix time; counters of the dispatcher begin there."),

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+import instance.figures
 from cluster.dispatcher import core as dispatcher_core
 from cluster.dispatcher.events import Finished, MigrationRequested
 from cluster.dispatcher.figures import COUNTERS, LABELS, figures, instance_figures
 from cluster.dispatcher.messages import ClusterView
 from cluster.gateway.metrics import GatewayMetrics, RequestTimer
 from cluster.metrics import CATALOGUE, INSTANCE, SERIES, Series
+from instance.config import SchedulerConfig, SwapConfig
+from instance.kv.blocks import BlockPool
+from instance.kv.swap import HostSpace
 from instance.load import Figure
+from instance.scheduler import Scheduler
 from tests.unit.dispatching import World, ask, dispatcher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,3 +174,27 @@ def test_the_figures_of_instances_are_their_last(left: bool) -> None:
     world = busy()
     world.core.members.loads["i0"].left = left
     assert set(instance_figures(world.core)) == ({"i1"} if left else {"i0", "i1"})
+
+
+def instance_world(host: HostSpace | None) -> dict[str, list[Figure]]:
+    """The figures of an engine that has made and preempted nothing, by name."""
+    scheduler = Scheduler(SchedulerConfig(), BlockPool(64, 16), b"model", host)
+    if scheduler.swap is not None:
+        scheduler.swap.figures.decisions["recompute", "cheaper"] += 1
+    found: dict[str, list[Figure]] = {}
+    for one in instance.figures.figures(SimpleNamespace(scheduler=scheduler, steps=7)):
+        found.setdefault(one.name, []).append(one)
+    return found
+
+
+def test_the_instances_figures_are_declared_and_the_other_way_round() -> None:
+    found = instance_world(HostSpace(32, 1024, SwapConfig()))
+    declared = {series.name: series for series in SERIES if series.source == "instance"}
+    assert set(found) == set(declared)
+    for name, figures_ in found.items():
+        series = declared[name]
+        for one in figures_:
+            assert len(one.labels) == len(series.labels) - len(INSTANCE)
+            assert len(one.buckets) == (len(series.buckets) + 1 if series.buckets else 0)
+    # Without host memory there is nothing to say of swapping.
+    assert {name for name in instance_world(None) if "swap" in name or "host" in name} == set()
