@@ -217,10 +217,19 @@ class IncomingMigration:
         )
         sequence.acked = sequence.logprobs_from = handover.acked
         sequence.logprobs = list(handover.logprobs)
-        sequence.num_cached = self._handover.cached_tokens
-        engine.pool.commit(self.table[self.num_acquired :])
-        sequence.block_table = list(self.table)
-        sequence.num_computed = sequence.num_written = handover.num_computed
+        wire_handover = self._handover
+        if wire_handover.HasField("cached_tokens"):
+            sequence.num_cached = wire_handover.cached_tokens
+        wire.take_charged(sequence, wire_handover.charged)
+        sequence.silent = self.machine.silent
+        if handover.num_computed:
+            engine.pool.commit(self.table[self.num_acquired :])
+            sequence.block_table = list(self.table)
+            sequence.num_computed = sequence.num_written = handover.num_computed
+        else:
+            # Nothing was computed before it left: it queues, and comes by blocks in its turn.
+            engine.pool.release(self.table)
+            self.table, self.num_acquired = [], 0
         self.sequence = sequence
         try:
             if handover.num_computed:
@@ -240,6 +249,7 @@ class IncomingMigration:
         sequence = self.sequence
         assert sequence is not None
         sequence.epoch = epoch
+        self._host.engine.scheduler.grant(sequence)
         sequence.acknowledge(min(next_index, sequence.num_output))
         self._host.note_epoch(sequence.request_id, epoch)
         self._host.resend(sequence, next_index, self._error)

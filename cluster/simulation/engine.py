@@ -1,0 +1,193 @@
+"""The instance's own step loop, on a device that only takes time.
+
+``SimulatedEngine`` is ``instance.engine.Engine`` with two differences. A step has no arrays:
+its duration follows from how many positions its rows have. And a run of steps in which
+nothing but decoding happens is *one* event on the clock: the scheduler accounts for all its
+steps at once, at its end or when something comes in between.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+
+from cluster.simulation.answers import Answers
+from instance.budget import StepShape
+from instance.clock import TimerHandle, VirtualClock
+from instance.config import EngineConfig
+from instance.engine import Engine, StepListener
+from instance.executor import StepResult
+from instance.model.modelled import ModelledExecutor
+from instance.request import Sequence, StepPlan
+from instance.step_cost import StepCost
+
+DecodeListener = Callable[[SequenceOf[Sequence], SequenceOf[float]], None]
+"""Told the sequences that drew one token at each of the times given."""
+
+LONGEST_STRETCH = 4096
+"""Steps in one stretch at most: their ends are computed ahead, and mostly in vain where
+something comes in between."""
+
+
+class SimulatedEngine(Engine):
+    """An engine whose steps are durations on a virtual clock.
+
+    Whoever touches the scheduler, the pool or a sequence from outside a step calls
+    ``interrupt`` first; who only reads calls ``catch_up``.
+
+    Args:
+        executor: Says what model and pool there are; it launches nothing.
+        config: Settings of the instance.
+        clock: The virtual clock.
+        cost: Durations of steps.
+        answers: Tokens that are drawn.
+        on_step: As for ``Engine``.
+        on_decodes: Told the steps that were accounted for together, instead of ``on_step``.
+        on_failure: As for ``Engine``.
+        on_preempted: As for ``Engine``.
+        jumps: Account for steps together where nothing else can happen.
+    """
+
+    def __init__(
+        self,
+        executor: ModelledExecutor,
+        config: EngineConfig,
+        clock: VirtualClock,
+        cost: StepCost,
+        answers: Answers,
+        on_step: StepListener,
+        on_decodes: DecodeListener,
+        on_failure: Callable[[BaseException], None],
+        on_preempted: Callable[[Sequence], None],
+        jumps: bool = True,
+    ) -> None:
+        super().__init__(
+            executor,
+            config,
+            clock,
+            self._soon,
+            on_step,
+            on_failure,
+            on_preempted,
+        )
+        self.jumps = jumps
+        self._virtual = clock
+        self.jumped = 0
+        self._cost = cost
+        self._answers = answers
+        self._on_decodes = on_decodes
+        self._timer: TimerHandle | None = None
+        self._seconds = 0.0
+        # Ends of the running step and of those that may follow it, and how many of them the
+        # scheduler has been told of.
+        self._ends: list[float] = []
+        self._told = 0
+
+    def _soon(self, call: Callable[[], None]) -> None:
+        self._virtual.call_later(0.0, call)
+
+    def stop(self) -> None:
+        """The instance is dead: nothing of it happens any more."""
+        self.failed = True
+        if self._timer is not None:
+            self._timer.cancel()
+
+    # ---- steps
+
+    def _launch(self, plan: StepPlan) -> None:
+        self._seconds = self._cost.of(*StepShape.of(plan))
+        self._timer = self._clock.call_later(self._seconds, self._step_over)
+
+    def _advance(self) -> None:
+        if self.failed:
+            return
+        super()._advance()
+        if self.jumps and self._running is not None and self._planned is not None:
+            self._begin_stretch(self._running, self._planned)
+
+    def _begin_stretch(self, running: StepPlan, planned: StepPlan) -> None:
+        """See how far the next steps are known, and let the last of them end the stretch."""
+        answers, steps = self._answers, LONGEST_STRETCH
+        for sequence, start, length, _ in running.rows:
+            # The step that draws the last token of an answer is the last of the stretch.
+            drawn = start + length - sequence.num_prompt
+            steps = min(steps, answers.left(sequence.request_id, drawn) - 1)
+            if length != 1 or steps < 1:
+                return
+        steps = self.scheduler.steady_steps(running, planned, steps)
+        if not steps:
+            return
+        count = len(running.rows)
+        context = sum(row.start + 1 for row in running.rows)
+        of = self._cost.of
+        at = self._launched_at + self._seconds
+        ends = [at]
+        for _ in range(steps):
+            context += count
+            at += of(0, 0, count, context)
+            ends.append(at)
+        self._ends = ends
+        self._told = 0
+        self._set_timer(at)
+
+    def _set_timer(self, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._virtual.call_at(at, self._step_over)
+
+    def catch_up(self) -> None:
+        """Account for the steps of a stretch that have ended by now."""
+        if self._ends:
+            # The last one ends like any other step, by its timer.
+            ended = bisect_right(self._ends, self._clock.now(), self._told, len(self._ends) - 1)
+            if ended > self._told:
+                self._account(ended - self._told)
+
+    def interrupt(self) -> None:
+        """Something is about to happen here: the running step is the last that is known."""
+        if self._ends:
+            self.catch_up()
+            if self._told < len(self._ends) - 1:
+                self._set_timer(self._ends[self._told])
+            self._ends = []
+
+    def _account(self, steps: int) -> None:
+        running, planned = self._running, self._planned
+        assert running is not None
+        assert planned is not None
+        times = self._ends[self._told : self._told + steps]
+        answers = self._answers
+        sequences = [row.sequence for row in running.rows]
+        self.scheduler.advance_decodes(
+            running,
+            planned,
+            steps,
+            [answers.tokens(one.request_id, one.num_output, steps) for one in sequences],
+        )
+        self._on_decodes(sequences, times)
+        self._told += steps
+        self.steps += steps
+        self.jumped += steps
+        for ended in times:
+            self._recent.append(ended - self._launched_at)
+            self.step_seconds_total += self._recent[-1]
+            self.model_seconds += self._recent[-1]
+            self._launched_at = ended
+
+    def _step_over(self) -> None:
+        """The running step, or the last one of the stretch, has ended."""
+        self.catch_up()
+        self._ends = []
+        plan = self._running
+        assert plan is not None
+        answers = self._answers
+        drawn = [
+            answers.token(sequence.request_id, start + length - sequence.num_prompt)
+            for sequence, start, length, samples in plan.rows
+            if samples
+        ]
+        seconds = self._clock.now() - self._launched_at
+        self._complete(StepResult(np.array(drawn, np.int64), seconds, seconds))
