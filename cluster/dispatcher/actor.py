@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import random
 import time
@@ -20,12 +19,11 @@ from typing import Any
 import ray
 
 from cluster.config import ClusterRef
-from cluster.dispatcher import status
+from cluster.dispatcher.audit import AuditLog
 from cluster.dispatcher.core import Dispatcher, DispatcherConfig
 from cluster.dispatcher.events import (
     Action,
     AskPrefixes,
-    DrainRequested,
     Event,
     FetchLedger,
     Finished,
@@ -33,14 +31,11 @@ from cluster.dispatcher.events import (
     LedgerCopied,
     Left,
     MigrationEnded,
-    MigrationRequested,
     Place,
     PlaceRequested,
     Refuse,
     RejectMigration,
     Reported,
-    ResumeRequested,
-    RoleRequested,
     SendLedger,
     Served,
     SetDraining,
@@ -48,15 +43,15 @@ from cluster.dispatcher.events import (
     StartMigration,
     Tick,
 )
-from cluster.dispatcher.figures import figures, instance_figures
 from cluster.dispatcher.messages import (
     ClusterView,
     Placement,
     PlaceRequest,
     Refusal,
 )
+from cluster.dispatcher.operators import OperatorCalls, first_line
 from cluster.dispatcher.store import RedisStore, StateKeeper
-from instance.load import Figure, InstanceInfo, LoadReport, MigrationReport, Role
+from instance.load import InstanceInfo, LoadReport, MigrationReport
 from instance.request import Account
 
 logger = logging.getLogger(__name__)
@@ -64,25 +59,8 @@ logger = logging.getLogger(__name__)
 Answer = Placement | Refusal
 TICK = 0.1
 """Seconds between ticks of the core."""
-CHECK_TIMEOUT = 10.0
 OUTBOX_LIFETIME = 60.0
 """Seconds after which answers that their gateway does not fetch are forgotten."""
-
-
-class MigrationError(Exception):
-    """A request cannot be moved.
-
-    Attributes:
-        code: "unknown_request", "unknown_instance" or "conflict".
-    """
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(code, message)
-        self.code = code
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
 
 
 class _Outbox:
@@ -94,7 +72,7 @@ class _Outbox:
         self.used = time.monotonic()
 
 
-class DispatcherActor:
+class DispatcherActor(OperatorCalls):
     """The cluster's one dispatcher.
 
     Args:
@@ -106,18 +84,20 @@ class DispatcherActor:
     def __init__(self, config: DispatcherConfig, cluster: ClusterRef, redis_url: str = "") -> None:
         # Versions grow across restarts, so that a gateway never takes an old view for new.
         version = time.time_ns() // 1_000_000
-        self._core = Dispatcher(config, random.Random(), version)
+        policies = file_policies(config.placement)
+        self._core = Dispatcher(config, random.Random(), version, policies)
         self._version = version
         self._cluster = cluster
         self._outboxes: dict[str, _Outbox] = {}
-        self._moves: dict[str, list[asyncio.Future[MigrationReport]]] = {}
-        self._migrations: deque[MigrationReport] = deque(maxlen=64)
+        self._moves = {}
+        self._migrations = deque(maxlen=64)
+        self._audit = AuditLog()
         self._changed = asyncio.Event()
         self._handles: dict[tuple[str, str], Any] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._running: list[asyncio.Task[None]] = []
         self._started = time.time()
-        self._keeper: StateKeeper | None = None
+        self._keeper = None
         if redis_url:
             store = RedisStore(redis_url, f"{cluster.namespace}:{cluster.dispatcher}")
             self._keeper = StateKeeper(store, self._export, self._restore, version)
@@ -214,117 +194,6 @@ class DispatcherActor:
                 break
         return self._core.view(time.monotonic())
 
-    # ---- operators
-
-    async def migrate(self, request_id: str, destination: str | None = None) -> MigrationReport:
-        """Move a request; to the freest other instance where ``destination`` is None.
-
-        Returns:
-            How the attempt ended; its outcome is "moved" or why the request stayed.
-
-        Raises:
-            MigrationError: if it cannot be tried.
-        """
-        future: asyncio.Future[MigrationReport] = asyncio.get_running_loop().create_future()
-        waiting = self._moves.setdefault(request_id, [])
-        waiting.append(future)
-        try:
-            actions = self._handle(MigrationRequested(request_id, destination))
-            for action in actions:
-                if isinstance(action, RejectMigration):
-                    raise MigrationError(action.code, action.message)
-            return await future
-        finally:
-            waiting.remove(future)
-            if not waiting and self._moves.get(request_id) is waiting:
-                del self._moves[request_id]
-
-    async def drain(self, instance_id: str) -> None:
-        """Give an instance no more requests and move away those it has.
-
-        Raises:
-            ValueError: if there is no such instance.
-        """
-        self._require(instance_id)
-        self._handle(DrainRequested(instance_id))
-
-    async def resume(self, instance_id: str) -> None:
-        """End a drain.
-
-        Raises:
-            ValueError: if there is no such instance.
-        """
-        self._require(instance_id)
-        self._handle(ResumeRequested(instance_id))
-
-    async def set_role(self, instance_id: str, role: str) -> None:
-        """Change what an instance is for: "mixed", "prefill" or "decode".
-
-        Raises:
-            ValueError: if there is no such instance or role.
-        """
-        self._require(instance_id)
-        self._handle(RoleRequested(instance_id, Role(role)))
-
-    async def check(self) -> dict[str, Any]:
-        """What every instance says of its block pool, ready for JSON; or its "error"."""
-
-        async def ask(instance_id: str) -> dict[str, Any]:
-            try:
-                found = await asyncio.wait_for(
-                    self._instance(instance_id).check.remote(), CHECK_TIMEOUT
-                )
-            except TimeoutError:
-                found = {"error": f"no answer within {CHECK_TIMEOUT:g} s"}
-            except Exception as error:
-                found = {"error": _first_line(error)}
-            return {"instance_id": instance_id, **found}
-
-        view = self._core.view(time.monotonic())
-        names = [instance.info.instance_id for instance in view.instances]
-        return {"instances": list(await asyncio.gather(*(ask(name) for name in names)))}
-
-    def _require(self, instance_id: str) -> None:
-        if instance_id not in self._core.members.loads:
-            raise ValueError(f"there is no instance {instance_id!r}")
-
-    async def figures(self) -> dict[str, Any]:
-        """For ``/metrics``: "dispatcher", its own, and "instances", theirs by instance id."""
-        own = [
-            Figure("drover_dispatcher_start_time_seconds", self._started),
-            *figures(self._core),
-            *([] if self._keeper is None else self._keeper.figures()),
-        ]
-        return {"dispatcher": own, "instances": instance_figures(self._core)}
-
-    async def status(self, limit: int = 256) -> dict[str, Any]:
-        """Everything an operator may want to see, ready for JSON.
-
-        Args:
-            limit: Requests listed at most; their number is in "num_requests".
-        """
-        self._start_tasks()
-        now = time.monotonic()
-        return {
-            "version": self._core.members.version,
-            "started": self._started,
-            "placement": self._core.config.placement,
-            "rebalance": self._core.config.rebalance.enabled,
-            "instances": status.instances(self._core, now),
-            **status.requests(self._core, now, limit),
-            "held": self._core.num_held,
-            "migrating": status.migrating(self._core, now),
-            "migrations": [dataclasses.asdict(report) for report in reversed(self._migrations)],
-            "counters": {kind: dict(counts) for kind, counts in self._core.counters.items()},
-            "store": {"kind": "memory"} if self._keeper is None else self._keeper.status(),
-        }
-
-    async def requests(
-        self, limit: int = 256, instance_id: str = "", tenant: str = ""
-    ) -> dict[str, Any]:
-        """Requests of the whole cluster, ready for JSON; see :func:`status.requests`."""
-        return status.requests(self._core, time.monotonic(), limit, instance_id, tenant)
-
     async def flush(self) -> None:
         """Write what is not stored yet; the dispatcher is about to be stopped."""
         if self._keeper is not None:
@@ -333,9 +202,10 @@ class DispatcherActor:
     # ---- what outlives the dispatcher
 
     def _export(self) -> dict[str, Any]:
-        return self._core.export_state(time.monotonic())
+        return {**self._core.export_state(time.monotonic()), "audit": self._audit.export()}
 
     def _restore(self, state: Mapping[str, Any]) -> None:
+        self._audit.restore(state.get("audit"))
         self._do(self._core.restore_state(state, time.monotonic()))
 
     # ---- events and actions
@@ -379,7 +249,7 @@ class DispatcherActor:
         try:
             incarnation, copy = await self._instance(instance_id).copy_ledger.remote()
         except Exception as error:
-            logger.warning("instance %s: no ledger: %s", instance_id, _first_line(error))
+            logger.warning("instance %s: no ledger: %s", instance_id, first_line(error))
             return
         self._handle(LedgerCopied(instance_id, incarnation, copy))
 
@@ -395,7 +265,7 @@ class DispatcherActor:
                 source=action.source,
                 destination=action.destination.instance_id,
                 reason=action.reason,
-                outcome=f"error: {_first_line(error)}",
+                outcome=f"error: {first_line(error)}",
             )
         self._migrations.append(report)
         logger.info(
@@ -412,7 +282,7 @@ class DispatcherActor:
         try:
             await getattr(self._instance(instance_id), method).remote(*args)
         except Exception as error:
-            logger.warning("instance %s: %s%s: %s", instance_id, method, args, _first_line(error))
+            logger.warning("instance %s: %s%s: %s", instance_id, method, args, first_line(error))
 
     def _instance(self, instance_id: str) -> Any:
         """The handle of an instance's actor, which stays valid when the actor restarts."""
@@ -449,9 +319,3 @@ class DispatcherActor:
                 self._forget_gateways()
             except Exception:
                 logger.exception("tick failed")
-
-
-def _first_line(error: BaseException) -> str:
-    """The gist of an error; Ray's carry whole tracebacks."""
-    cause = getattr(error, "cause", None) or error
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections import Counter
 from typing import Any
 
 from cluster.dispatcher.core import Dispatcher
 from cluster.dispatcher.messages import InstanceView
+from cluster.dispatcher.tenants import policy_to_json
+from instance.request import RequestClass
 
 
 def instances(core: Dispatcher, now: float) -> list[dict[str, Any]]:
@@ -26,6 +29,7 @@ def _instance(core: Dispatcher, view: InstanceView, now: float) -> dict[str, Any
         "node": view.info.node,
         "pid": view.info.pid,
         "state": view.state,
+        "role": core.members.view(load, now).role.value,
         "freeness": view.freeness if math.isfinite(view.freeness) else None,
         "load": view.load,
         "total_blocks": view.info.total_blocks,
@@ -89,3 +93,55 @@ def migrating(core: Dispatcher, now: float) -> list[dict[str, Any]]:
         }
         for transfer in core.members.transfers.values()
     ]
+
+
+def tenants(core: Dispatcher, now: float) -> dict[str, Any]:
+    """Tenants that are known or have requests, and how far apart those are who wait.
+
+    A tenant's "counter" is its service by weight in all classes; "behind" is how far it is
+    behind the one furthest ahead among those who wait in the same class, at most.
+    """
+    ledger = core.ledger
+    held = Counter(one.request.tenant for one in core.placing.queues)
+    running: Counter[str] = Counter()
+    waiting = Counter(held)
+    for _, sequence in core.requests(now):
+        (waiting if sequence.waits else running)[sequence.tenant] += 1
+    gaps = {cls: ledger.gap(cls) for cls in RequestClass}
+    leads = {
+        cls: max(map(ledger.counter, ledger.waiting(cls)), default=0.0) for cls in RequestClass
+    }
+    classes: dict[str, dict[RequestClass, float]] = {}
+    for (tenant, cls), book in ledger.accounts.items():
+        classes.setdefault(tenant, {})[cls] = book.counter
+    behind: dict[str, float] = {}
+    for cls in RequestClass:
+        for account in ledger.waiting(cls):
+            lag = leads[cls] - ledger.counter(account)
+            behind[account[0]] = max(behind.get(account[0], 0.0), lag)
+    names = sorted({*ledger.tenants, *classes, *running, *waiting})
+    return {
+        "tenants": [
+            {
+                "tenant": name,
+                **policy_to_json(ledger.policy(name)),
+                "running": running[name],
+                "waiting": waiting[name],
+                "held": held[name],
+                "counter": sum(classes.get(name, {}).values()),
+                "counters": {
+                    cls.name.lower(): counter for cls, counter in classes.get(name, {}).items()
+                },
+                "behind": behind.get(name, 0.0),
+            }
+            for name in names
+        ],
+        "gaps": {
+            cls.name.lower(): {
+                "gap": gap.gap,
+                "bound": gap.bound if math.isfinite(gap.bound) else None,
+                "tenants": gap.tenants,
+            }
+            for cls, gap in gaps.items()
+        },
+    }
