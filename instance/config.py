@@ -67,8 +67,8 @@ class SwapConfig:
         mode: Whether steps wait for copies.
         preemption: Swap or recompute.
         reuse: Host copies outlive the return of their sequence.
-        save: Copies of finished sequences are made before their blocks are reused, where
-            that is cheap; needs ``reuse``.
+        save: The next victim and finished sequences are copied before anybody waits for it,
+            where that is cheap; needs ``reuse`` and prefix caching.
     """
 
     space_bytes: int = 0

@@ -6,21 +6,25 @@ is given arrays, never the loop's own objects.
 
 At a *boundary* no step is launched: the last one has been completed, the next one not yet
 started. Whatever hands KV blocks to a writer outside the step (a reservation for an
-incoming migration) or takes a sequence out of the batch happens there, so that no
-launched step can still touch those blocks.
+incoming migration, a copy from the host) or takes a sequence out of the batch happens there,
+so that no launched step can still touch those blocks. Copies to and from the host are issued
+there too; steps go on beside them, unless waiting for one is measured to be cheaper.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import statistics
 from collections.abc import Callable
 
 from instance.clock import Clock
 from instance.config import EngineConfig
 from instance.executor import Executor, StepBatch, StepResult
+from instance.fairness import ServiceCounters
 from instance.kv.blocks import BlockPool
+from instance.kv.swap import CopyJob, HostSpace
 from instance.request import FinishReason, Sequence, SequenceStatus, StepPlan
 from instance.scheduler import Emission, Scheduler
 
@@ -38,6 +42,7 @@ class Engine:
         on_step: Told the new tokens of each step, while the next step runs already.
         on_failure: Told once when the executor failed; the engine then stays stopped.
         on_preempted: Told each sequence that lost its KV.
+        counters: Who keeps the tenants' service; None: this instance by itself.
     """
 
     def __init__(
@@ -49,17 +54,22 @@ class Engine:
         on_step: StepListener,
         on_failure: Callable[[BaseException], None],
         on_preempted: Callable[[Sequence], None] = lambda _: None,
+        counters: ServiceCounters | None = None,
     ) -> None:
         model = executor.description
         self.model = model
         self.executor = executor
         self.pool = BlockPool(executor.num_blocks, model.block_size)
-        self.salt = f"{model.name}\0{model.adapter}\0{model.dtype}".encode()
+        self.salt = model.kv_salt
         limits = dataclasses.replace(
             config.scheduler,
             max_model_len=min(config.scheduler.max_model_len, model.max_model_len),
         )
-        self.scheduler = Scheduler(limits, self.pool, self.salt)
+        copier = executor.copier
+        host = None
+        if copier is not None:
+            host = HostSpace(copier.num_host_blocks, copier.block_bytes, config.swap)
+        self.scheduler = Scheduler(limits, self.pool, self.salt, host, counters)
         self.prefix_caching = limits.enable_prefix_caching
         self.steps = 0
         self.failed = False
@@ -77,6 +87,7 @@ class Engine:
         self._emissions: list[Emission] = []
         self._recent: collections.deque[float] = collections.deque(maxlen=32)
         self._launched_at = 0.0
+        self._stalled_at: float | None = None
         self._released_since_launch = False
         self._advancing = False
 
@@ -142,13 +153,13 @@ class Engine:
     def detach(self, sequence: Sequence, detached: Callable[[bool], None]) -> None:
         """Take a sequence out of the batch at the next boundary and call ``detached``.
 
-        ``detached(False)`` says that it had finished or was preempted meanwhile and stays
-        where it is.
+        ``detached(False)`` says that it had finished meanwhile, or that its KV is being copied
+        to or from the host; it stays where it is.
         """
 
         def take_out() -> None:
             live = self.scheduler.sequences.get(sequence.request_id) is sequence
-            if not live or self.failed:
+            if not live or self.failed or not self.scheduler.can_leave(sequence):
                 detached(False)
                 return
             if self._planned is not None:
@@ -198,10 +209,14 @@ class Engine:
             self._planned = None
             self.scheduler.patch(plan)
             self._tell_preempted(plan)
-            if plan.rows:
+            self._issue_copies()
+            if self._held_back(plan):
+                self._planned = plan if plan.rows else None
+            elif plan.rows:
                 self._running = plan
                 self._released_since_launch = False
                 self._launched_at = self._clock.now()
+                self._note_returned(plan)
                 self._launch(plan)
         finally:
             self._advancing = False
@@ -212,6 +227,68 @@ class Engine:
     def _launch(self, plan: StepPlan) -> None:
         """Start a plan whose tokens are all known; the simulator's engine has no batch."""
         self.executor.launch(StepBatch.build(plan, self.pool.block_size), self._step_ended)
+
+    # ---- copies to and from the host
+
+    def _issue_copies(self) -> None:
+        """Hand the copies that were begun to the copier; no step is launched."""
+        swap, copier = self.scheduler.swap, self.executor.copier
+        if swap is None or copier is None:
+            return
+        for job in swap.take_begun():
+            done = functools.partial(self._copy_ended, job)
+            try:
+                (copier.copy_out if job.outward else copier.copy_in)(job.runs, done)
+            except Exception as error:
+                done(error)
+        self._tell_lost()
+
+    def _copy_ended(self, job: CopyJob, result: float | BaseException) -> None:
+        self._post(lambda: self._finish_copy(job, result))
+
+    def _finish_copy(self, job: CopyJob, result: float | BaseException) -> None:
+        self.scheduler.end_copy(job, result)
+        self._tell_lost()
+        self.wake()
+
+    def _tell_lost(self) -> None:
+        swap = self.scheduler.swap
+        if swap is not None and swap.lost:
+            lost, swap.lost = swap.lost, []
+            for sequence in lost:
+                self._on_preempted(sequence)
+
+    def _held_back(self, plan: StepPlan) -> bool:
+        """Whether this boundary lasts until a copy has ended; counts the time that it does."""
+        swap = self.scheduler.swap
+        if swap is None:
+            return False
+        now = self._clock.now()
+        elapsed = 0.0 if self._stalled_at is None else now - self._stalled_at
+        held = swap.must_wait(
+            self.step_seconds, len(plan.rows), self.scheduler.num_blocked, elapsed
+        )
+        if held or (not plan.rows and swap.awaited):
+            if self._stalled_at is None:
+                self._stalled_at = now
+        elif self._stalled_at is not None:
+            self._stalled_at = None
+            if plan.rows:
+                swap.figures.stalls += 1
+                swap.figures.stall_seconds += elapsed
+        return held
+
+    def _note_returned(self, plan: StepPlan) -> None:
+        """Count the time that preemptions took from the sequences of a plan."""
+        for sequence, *_ in plan.rows:
+            if sequence.preempted_at is not None:
+                seconds = self._launched_at - sequence.preempted_at
+                sequence.seconds_lost += seconds
+                sequence.preempted_at = None
+                if self.scheduler.swap is not None:
+                    self.scheduler.swap.figures.returned(seconds)
+
+    # ---- telling
 
     def _tell_emissions(self) -> None:
         emissions, self._emissions = self._emissions, []
@@ -228,6 +305,8 @@ class Engine:
         told, self._told_preempted = self._told_preempted, len(plan.preempted)
         for sequence in plan.preempted[told:]:
             self._released_since_launch = True
+            if sequence.preempted_at is None:
+                sequence.preempted_at = self._clock.now()
             self._on_preempted(sequence)
 
     def _step_ended(self, result: StepResult | BaseException) -> None:
@@ -245,6 +324,8 @@ class Engine:
         self._recent.append(self._clock.now() - self._launched_at)
         self.step_seconds_total += self._recent[-1]
         self.model_seconds += result.model_duration
+        if self.scheduler.swap is not None:
+            self.scheduler.swap.cost.observe_step(plan.rows, result.duration)
         self._emissions.extend(
             self.scheduler.complete(plan, result.tokens.tolist(), result.logprobs, result.errors)
         )

@@ -33,6 +33,11 @@ class ModelDescription:
     adapter: str = ""
     num_shards: int = 1
 
+    @property
+    def kv_salt(self) -> bytes:
+        """What KV depends on besides tokens: roots the hashes of blocks."""
+        return f"{self.name}\0{self.adapter}\0{self.dtype}".encode()
+
 
 class GrammarRow(NamedTuple):
     """A draw that a grammar restricts: what is allowed is a function of it and the output.

@@ -165,6 +165,11 @@ class Request:
     model: str = ""
     adapter: str = ""
 
+    @property
+    def account(self) -> Account:
+        """Who is charged, and the class whose counters count."""
+        return self.tenant, self.request_class
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -198,6 +203,8 @@ class Sequence:
         account: Who is charged, and the class whose counters count.
         rank: Place in the scheduler's queues; the smaller is served first.
         num_preemptions: Times the sequence lost its KV.
+        preempted_at: Time at which it lost its place in the batch, until it is in a step again.
+        seconds_lost: Time that preemptions have taken from it.
         held: No step computes it yet: its grammar is still being compiled.
         error: Why it ended, where that was an error.
         counts: Which tokens it holds and how often; only where a penalty needs it.
@@ -228,6 +235,8 @@ class Sequence:
     sealed: int = 0
     acked: int = 0
     num_preemptions: int = 0
+    preempted_at: float | None = None
+    seconds_lost: float = 0.0
     held: bool = False
     error: str = ""
     counts: TokenCounts | None = None

@@ -278,7 +278,7 @@ class Scheduler:
         self._planner.fill(draft, may_preempt=False)
         draft.finish()
         if self.swap is not None:
-            self.swap.begin()
+            self.swap.begin(self.running[-1] if self.running else None)
 
     def drop(self, plan: StepPlan, sequence: Sequence) -> None:
         """Take a sequence's row out of a plan that is not launched, if it has one.
@@ -357,7 +357,7 @@ class Scheduler:
         for account, number in decoded.items():
             self.counters.charge(account, 0, number)
         if self.swap is not None:
-            self.swap.begin()
+            self.swap.begin(self.running[-1] if self.running else None)
         return emissions
 
     def end_copy(self, job: CopyJob, result: float | BaseException) -> None:

@@ -24,7 +24,8 @@ class SwapFigures:
     Attributes:
         out: Sequences whose KV began to leave.
         back: Sequences whose KV began to return; of their own or of an equal prefix.
-        saved: Copies of finished sequences made before their blocks were reused.
+        saved_blocks: Blocks copied before anybody had to wait for it: of the next victim, and
+            of finished sequences.
         failed: Copies that went wrong.
         blocks_out: Blocks copied to the host.
         blocks_in: Blocks copied back.
@@ -50,7 +51,7 @@ class SwapFigures:
 
     out: int = 0
     back: int = 0
-    saved: int = 0
+    saved_blocks: int = 0
     failed: int = 0
     blocks_out: int = 0
     blocks_in: int = 0

@@ -35,12 +35,13 @@ _WAITING = SequenceStatus.WAITING
 
 # A choice of recompute tells nothing of how fast copies have become: one in so many is a try.
 _TRY_EVERY = 32
-# Copies of finished sequences are made once fewer blocks than this share hold nothing, while
-# they cost at most this share of computing them anew: most are never asked for.
-_SAVE_BELOW = 8
+# Copies that nobody waits for are made while they cost at most this share of computing their
+# content anew, in jobs of so many blocks; many are never asked for.
 _SAVE_COST = 0.1
 _SAVE_BLOCKS = 64
 _SAVE_SEQUENCES = 256
+# The next victim is copied ahead while less than this share of the pool is free.
+_AHEAD_BELOW = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +141,11 @@ class Swap:
         """Sequences on their way into the batch."""
         return len(self.loaded) + sum(1 for job in self._jobs.values() if not job.outward)
 
+    @property
+    def awaited(self) -> bool:
+        """A sequence waits for a copy."""
+        return bool(self._jobs)
+
     def busy(self, sequence: Sequence) -> bool:
         """A copy of its KV is on its way, or about to be."""
         return sequence in self._jobs or any(one is sequence for one, _ in self._leaving)
@@ -205,8 +211,12 @@ class Swap:
         self._leaving.append((sequence, first))
         return True
 
-    def begin(self) -> None:
-        """Start what can start while no step is launched; ``take_begun`` has the jobs."""
+    def begin(self, likely: Sequence | None) -> None:
+        """Start what can start while no step is launched; ``take_begun`` has the jobs.
+
+        Args:
+            likely: The running sequence that would be the next victim.
+        """
         leaving, self._leaving = self._leaving, []
         for sequence, first in leaving:
             if sequence.status is not _WAITING or not sequence.block_table:
@@ -232,7 +242,7 @@ class Swap:
             self.figures.kept_blocks += first
             if not job.device:
                 self.end(job, 0.0)
-        self._save()
+        self._save(likely)
 
     def take_begun(self) -> list[CopyJob]:
         """The jobs begun since the last call, to be issued before the next step."""
@@ -333,7 +343,7 @@ class Swap:
 
     def note_finished(self, sequence: Sequence) -> None:
         """A sequence has all its tokens; another turn of its conversation may follow."""
-        if self.config.save and self._lists and sequence.num_written >= self.pool.block_size:
+        if self.config.save and self._lists and sequence.sealed:
             self._finished.append(sequence)
 
     def must_wait(self, step: float, runnable: int, blocked: int, elapsed: float) -> bool:
@@ -515,36 +525,49 @@ class Swap:
             self.tables.release_host(one)
         return wanted <= self.host.num_free
 
-    def _save(self) -> None:
-        """Copy what a finished sequence left, while the copier is idle and before it is lost.
+    def _save(self, likely: Sequence | None) -> None:
+        """Make a copy that nobody waits for yet, while the copier is idle.
 
-        Only under pressure: a copy of what the device keeps anyway would be wasted.
+        When memory is short, of what the likely victim has written so far: if it is
+        preempted, its blocks but the last are free at once. Else of what the oldest finished
+        sequence left, before it is displaced, for the next turn of its conversation. A
+        sequence is copied once in any case.
         """
-        pool, size = self.pool, self.pool.block_size
-        if self._under_way or not self._finished:
+        if self._under_way or not (self.config.save and self._lists):
             return
-        if (pool.num_free - pool.num_cached) * _SAVE_BELOW > pool.num_usable:
+        pool = self.pool
+        if (
+            likely is not None
+            and pool.num_free * _AHEAD_BELOW < pool.num_usable
+            and self._save_blocks(likely, likely.block_table[: likely.sealed])
+        ):
             return
-        sequence = self._finished.popleft()
-        self.tables.hash(sequence)
-        here = pool.match(sequence.tokens, sequence.block_hashes)
+        while self._finished:
+            sequence = self._finished[0]
+            self.tables.hash(sequence)
+            if self._save_blocks(sequence, pool.match(sequence.tokens, sequence.block_hashes)):
+                return
+            self._finished.popleft()
+
+    def _save_blocks(self, sequence: Sequence, here: list[int]) -> bool:
+        """Copy some of a sequence's leading sealed blocks that the host lacks; false if it
+        lacks none, or a copy does not pay."""
+        size = self.pool.block_size
         there = self.host.match(sequence.tokens, sequence.block_hashes[: len(here)])
+        room = self.host.num_free - self.host.num_idle(there)
+        most = max(0, min(_SAVE_BLOCKS, self.pool.num_usable // 4, room))
         first = len(there)
-        most = min(_SAVE_BLOCKS, pool.num_free // 4, self.host.num_free - self.host.num_idle(there))
-        device = here[first : first + max(0, most)]
-        if not device:
-            return
+        device = here[first : first + most]
         last = first + len(device)
         seconds = self.cost.copy_seconds(True, len(runs(device)), len(device))
-        if seconds > _SAVE_COST * self.cost.prefill_seconds(first * size, last * size):
-            return
+        worth = _SAVE_COST * self.cost.prefill_seconds(first * size, last * size)
+        if not device or seconds > worth:
+            return False
         self.host.acquire(there)
         fresh = self.host.allocate(len(device), after=there[-1] if there else None)
         if fresh is None:
-            raise IntegrityError(f"{self.host.num_free} host blocks are free, but not {most}")
-        self._start(
-            CopyJob(True, sequence, first, device, fresh, there + fresh, last * size, saving=True)
-        )
-        self.figures.saved += 1
-        if last < len(here):
-            self._finished.appendleft(sequence)
+            raise IntegrityError(f"{room} host blocks are free, but not {len(device)}")
+        held = there + fresh
+        self._start(CopyJob(True, sequence, first, device, fresh, held, last * size, saving=True))
+        self.figures.saved_blocks += len(device)
+        return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,34 +10,7 @@ from instance.clock import Clock, TimerHandle
 from instance.executor import Copier, Ints, ModelDescription, StepBatch, StepResult
 from instance.model.noise import position_key
 from instance.request import Grammar
-
-
-@dataclass(frozen=True, slots=True)
-class StepCost:
-    """Linear cost of a step, all in seconds.
-
-    Attributes:
-        base: Per step.
-        prefill_token: Per position of a row that has several.
-        decode_sequence: Per row that has one position.
-        context_token: Per KV position that a decode row reads.
-    """
-
-    base: float = 0.02
-    prefill_token: float = 0.0005
-    decode_sequence: float = 0.001
-    context_token: float = 1e-6
-
-    def seconds(self, batch: StepBatch) -> float:
-        """Duration of a step."""
-        counts = np.diff(batch.query_starts)
-        decodes = counts == 1
-        return float(
-            self.base
-            + self.prefill_token * counts[~decodes].sum()
-            + self.decode_sequence * np.count_nonzero(decodes)
-            + self.context_token * batch.context_lens[decodes].sum()
-        )
+from instance.step_cost import StepCost
 
 
 class ModelledExecutor:
@@ -46,7 +18,7 @@ class ModelledExecutor:
 
     Steps run one after the other: a step launched while one runs starts when that one ends.
     Tokens are a function of (seed, position), lie in the vocabulary and are never an
-    end-of-sequence token. There is no KV, so ``kv`` is None and nothing can be copied.
+    end-of-sequence token. There is no KV, so ``kv`` is None; a copier copies nothing either.
 
     ``launch`` and ``done`` run on the clock's thread (the event loop, for a real clock).
 
@@ -55,19 +27,25 @@ class ModelledExecutor:
         num_blocks: KV blocks to pretend to have.
         clock: Real or virtual.
         cost: Durations.
+        copier: Answers copies to and from host memory, where there should be any.
 
     Raises:
         ValueError: if every token of the vocabulary ends a sequence.
     """
 
     kv: None = None
-    copier: Copier | None = None
 
     def __init__(
-        self, description: ModelDescription, num_blocks: int, clock: Clock, cost: StepCost
+        self,
+        description: ModelDescription,
+        num_blocks: int,
+        clock: Clock,
+        cost: StepCost,
+        copier: Copier | None = None,
     ) -> None:
         self.description = description
         self.num_blocks = num_blocks
+        self.copier = copier
         self._clock = clock
         self._cost = cost
         eos = set(description.eos_token_ids)
@@ -106,6 +84,8 @@ class ModelledExecutor:
     def close(self) -> None:
         """Abandon the launched steps."""
         self._closed = True
+        if self.copier is not None:
+            self.copier.close()
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()

@@ -14,7 +14,7 @@ import torch
 
 from instance.config import EngineConfig
 from instance.executor import Copier, ModelDescription, StepBatch, StepResult
-from instance.kv.copier import TensorKvPool
+from instance.kv.copier import TensorCopier, TensorKvPool
 from instance.model.attention_cpu import CpuAttention
 from instance.model.context import forward_context
 from instance.model.grammar import Grammars, load_tokenizer
@@ -80,8 +80,11 @@ class TorchExecutor:
             ),
         )
         self._attention = CpuAttention(self._kv)
-        self.kv: TensorKvPool | None = TensorKvPool(self._kv, self._attention.written)
+        kv = TensorKvPool(self._kv, self._attention.written)
+        self.kv: TensorKvPool | None = kv
         self.copier: Copier | None = None
+        if num_host := config.swap.blocks(kv.block_bytes):
+            self.copier = TensorCopier(self._kv, num_host, self._attention.written)
         self._steps: queue.SimpleQueue[tuple[StepBatch, Done] | None] = queue.SimpleQueue()
         self._closed = False
         self._thread = threading.Thread(
@@ -107,6 +110,8 @@ class TorchExecutor:
         """End the worker thread after the running step; steps queued behind it are dropped."""
         self._closed = True
         self._grammars.close()
+        if self.copier is not None:
+            self.copier.close()
         self._steps.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join()

@@ -12,7 +12,7 @@ from instance.config import EngineConfig, SchedulerConfig
 from instance.engine import Engine
 from instance.executor import StepBatch, StepResult
 from instance.model.runner import TorchExecutor
-from instance.request import Request, SamplingParams, Sequence, StepPlan
+from instance.request import Request, RequestClass, SamplingParams, Sequence, StepPlan
 from instance.scheduler import Emission
 
 
@@ -67,8 +67,12 @@ class Running:
     def submit(self, name: str, prompt: list[int], max_tokens: int, **params: Any) -> None:
         self.wanted += 1
         params.setdefault("temperature", 0.0)
+        request_class = params.pop("request_class", RequestClass.STANDARD)
         request = Request(
-            name, tuple(prompt), SamplingParams(max_tokens=max_tokens, ignore_eos=True, **params)
+            name,
+            tuple(prompt),
+            SamplingParams(max_tokens=max_tokens, ignore_eos=True, **params),
+            request_class=request_class,
         )
         self.engine.submit(Sequence.start(request))
 
@@ -76,6 +80,9 @@ class Running:
         await asyncio.wait_for(self.finished.wait(), 120)
         if self.failure is not None:
             raise self.failure
+        async with asyncio.timeout(60):
+            while self.engine.pool.num_draining:  # a copy to the host
+                await asyncio.sleep(0.001)
         self.engine.scheduler.check_integrity()
         assert self.engine.pool.num_free == self.engine.pool.num_usable
 

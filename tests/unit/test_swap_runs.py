@@ -80,7 +80,7 @@ def test_a_long_run_meets_every_case(late: bool) -> None:
     assert figures.back > 50
     assert figures.kept_blocks > 20
     assert figures.hit_blocks > 20
-    assert figures.saved > 20
+    assert figures.saved_blocks > 20
     assert figures.failed > 2
     assert driver.steps_beside_copies > 100
     assert traffic.moved > 20
@@ -108,4 +108,4 @@ def test_a_long_run_with_a_small_host_pool() -> None:
     assert figures.dropped_blocks > 0
     assert figures.decisions["recompute", "host full"] > 0
     # Without prefix hashes a copy is of use to its own sequence alone.
-    assert figures.hit_blocks == figures.saved == 0
+    assert figures.hit_blocks == figures.saved_blocks == 0
