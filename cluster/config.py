@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 from cluster.dispatcher.core import DispatcherConfig
 from cluster.dispatcher.load import LoadConfig
@@ -26,6 +27,7 @@ from cluster.flags import (
     string,
     switch,
 )
+from cluster.user_policy import is_file_policy, load_function
 from instance.config import EngineConfig, MigrationConfig, SchedulerConfig
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -90,7 +92,24 @@ class GatewayConfig:
     drain_grace: float = 5.0
 
 
-_MODEL, _HTTP, _CLUSTER = "model and memory", "HTTP", "cluster"
+MODEL_SETTINGS = "model and memory"
+"""Heading of the flags that say what an instance is."""
+
+
+def placement_policy(text: str) -> str:
+    """A policy of the registry, or a function in a file, then with an absolute path."""
+    if not is_file_policy(text):
+        return one_of(*POLICIES)(text)
+    path, _, function = text.rpartition(":")
+    name = f"{Path(path).expanduser().absolute()}:{function}"
+    try:
+        load_function(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return name
+
+
+_MODEL, _HTTP, _CLUSTER = MODEL_SETTINGS, "HTTP", "cluster"
 _POLICY, _MIGRATION, _SECRETS = "placement and rebalancing", "migration", "keys"
 
 
@@ -238,10 +257,10 @@ class ServeConfig:
     )
     placement: str = setting(
         "freeness",
-        one_of(*POLICIES),
+        placement_policy,
         "POLICY",
         _POLICY,
-        f"which instance a request goes to: {', '.join(POLICIES)}",
+        f"which instance a request goes to: {', '.join(POLICIES)}, or FILE.py:FUNCTION",
     )
     rebalance: bool = setting(
         True, switch, "on|off", _POLICY, "move running requests to balance load"

@@ -191,7 +191,24 @@ SERIES = (
            "request."),
     Series("drover_migrated_bytes_total", "counter", "dispatcher", ("reason",),
            "KV bytes sent by migrations that ended."),
+    Series("drover_policy_fallbacks_total", "counter", "dispatcher", ("reason",),
+           "Placements that a policy of the user's did not make: raised, late, rests (it was "
+           "late a moment ago) or nonsense."),
     Series("drover_migrations_in_flight", "gauge", "dispatcher", (), "Migrations under way."),
+    # ---- fairness
+    Series("drover_fairness_gap", "gauge", "dispatcher", ("class",),
+           "Greatest less least service by weight among the tenants that wait in a class."),
+    Series("drover_fairness_bound", "gauge", "dispatcher", ("class",),
+           "What the gap may not exceed (G)."),
+    Series("drover_fairness_waiting_tenants", "gauge", "dispatcher", ("class",),
+           "Tenants that wait in a class."),
+    Series("drover_tenant_service_total", "counter", "dispatcher", ("tenant",),
+           "Service charged to a tenant: prompt tokens not cached, and twice the output's; tenants "
+           "beyond the first hundred are one, other."),
+    Series("drover_system_tokens_total", "counter", "dispatcher", (),
+           "Tokens computed again, which no tenant pays for."),
+    Series("drover_lease_reports_total", "counter", "dispatcher", (),
+           "Reports sent at once since a tenant's lease was used up."),
     # ---- the dispatcher's store
     Series("drover_store_up", "gauge", "dispatcher", (),
            "1 if the last write to Redis succeeded or nothing had to be written; "

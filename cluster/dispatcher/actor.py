@@ -50,7 +50,9 @@ from cluster.dispatcher.messages import (
     Refusal,
 )
 from cluster.dispatcher.operators import OperatorCalls, first_line
+from cluster.dispatcher.overrides import POLICY, key
 from cluster.dispatcher.store import RedisStore, StateKeeper
+from cluster.user_policy import file_policies
 from instance.load import InstanceInfo, LoadReport, MigrationReport
 from instance.request import Account
 
@@ -206,7 +208,20 @@ class DispatcherActor(OperatorCalls):
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self._audit.restore(state.get("audit"))
+        self._load_policy(state)
         self._do(self._core.restore_state(state, time.monotonic()))
+
+    def _load_policy(self, state: Mapping[str, Any]) -> None:
+        """Load the file of the placement policy that an earlier dispatcher was given."""
+        overrides = state.get("overrides")
+        entry = overrides.get(key(POLICY, "placement")) if isinstance(overrides, dict) else None
+        name = entry[1] if isinstance(entry, list | tuple) and len(entry) == 2 else None
+        if isinstance(name, str) and not self._core.policies.knows(name):
+            try:
+                for known, policy in file_policies(name).items():
+                    self._core.policies.add(known, policy)
+            except ValueError as error:
+                logger.warning("placement policy %s is not used: %s", name, error)
 
     # ---- events and actions
 

@@ -44,9 +44,10 @@ from cluster.dispatcher.load import (
 from cluster.dispatcher.members import Members
 from cluster.dispatcher.messages import ClusterView, PlaceRequest
 from cluster.dispatcher.migrations import Migrations
-from cluster.dispatcher.overrides import DRAINING, ROLE, TENANT, Overrides, key
+from cluster.dispatcher.overrides import DRAINING, POLICY, ROLE, TENANT, Overrides, key
 from cluster.dispatcher.persistence import info_to_json, infos_from_json
-from cluster.dispatcher.placement import POLICIES, Uniform
+from cluster.dispatcher.placement import POLICIES, NamedPolicy, Uniform
+from cluster.dispatcher.policies import Policies
 from cluster.dispatcher.rebalance import RebalanceConfig
 from cluster.dispatcher.requests import RequestConfig, Requests
 from cluster.dispatcher.table import Candidates
@@ -92,6 +93,7 @@ class Dispatcher:
         config: Settings.
         rng: Source of numbers for the policies that draw.
         version: First version of the membership; must exceed those of earlier lives.
+        policies: Placement policies besides those of the registry, by name.
 
     Attributes:
         members: Instances, loads and migrations under way.
@@ -99,23 +101,24 @@ class Dispatcher:
         overrides: What operators have set at run time.
         ledger: What tenants have received.
         placing: Requests asked for, held and placed.
+        policies: Which placement and rebalancing are in force.
         counters: Events by kind and reason, for metrics.
 
     Raises:
         ValueError: if the placement policy is unknown.
     """
 
-    def __init__(self, config: DispatcherConfig, rng: Uniform, version: int = 1) -> None:
-        if config.placement not in POLICIES:
-            raise ValueError(
-                f"unknown placement policy {config.placement!r}; known: {', '.join(POLICIES)}"
-            )
+    def __init__(
+        self,
+        config: DispatcherConfig,
+        rng: Uniform,
+        version: int = 1,
+        policies: Mapping[str, NamedPolicy] | None = None,
+    ) -> None:
         self.config = config
         self.members = Members(config.load, version, config.prefix_capacity)
         self.overrides = Overrides(version)
         self.counters: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-        self._rng = rng
-        self._policy = POLICIES[config.placement].choose
         settings = config.requests
         self.ledger = FairnessLedger(version, settings.tenants, settings.default_tenant)
         self.feed = LedgerFeed(self.ledger)
@@ -129,6 +132,9 @@ class Dispatcher:
             self.placing.is_over,
             _TenantOrder(self.ledger),
         )
+        known = {**POLICIES, **(policies or {})}
+        self.policies = Policies(config.placement, known, self.migrations, rng, self._count)
+        self._apply_policies()
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Take one event; returns what is to be done, in order.
@@ -217,7 +223,24 @@ class Dispatcher:
         self.placing.waiting.lost(instance_id, now)
 
     def _choose(self, request: PlaceRequest, candidates: Candidates) -> LoadView:
-        return self._policy(request, candidates, self._rng)
+        return self.policies.choose(request, candidates)
+
+    # ---- policies
+
+    def set_policies(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Change policies, now and after a restart; see ``Policies.change``."""
+        settings = self.policies.change(changes)
+        for name, value in changes.items():
+            self.overrides.set(key(POLICY, name), value)
+        self._apply_policies()
+        return settings
+
+    def dry_run(self, changes: Mapping[str, Any], now: float) -> dict[str, Any]:
+        """What other policies would decide; see ``Policies.dry_run``."""
+        return self.policies.dry_run(changes, lambda r: self.members.candidates(r, now), now)
+
+    def _apply_policies(self) -> None:
+        self.placing.late_binding = self.policies.late_binding
 
     # ---- tenants
 
@@ -296,6 +319,10 @@ class Dispatcher:
             kind, _, rest = name.partition("/")
             if kind == DRAINING:
                 actions.extend(self._set_draining(rest, bool(self.overrides.get(name))))
+            elif kind == POLICY:
+                with contextlib.suppress(ValueError):
+                    self.policies.change({rest: self.overrides.get(name)})
+                    self._apply_policies()
             elif kind == TENANT:
                 with contextlib.suppress(ValueError):  # written by another version
                     self._set_tenant(rest, self._tenant_from(self.overrides.get(name)))

@@ -148,15 +148,26 @@ class Migrations:
         if due:
             self._balanced = now
             self._cooldowns.prune(now, config, self._waited_or_running(plan))
-            if rules == "llumnix":
-                plan_llumnix(plan)
-            else:
-                plan_defragment(plan)
-                plan_isolate(plan)
-                if self._order is not None:
-                    plan_fairness(plan, self._order)
-                plan_balance(plan)
+            self._plan_gains(plan, rules)
         return [self._start(move, now, at >= owed) for at, move in enumerate(plan.moves)]
+
+    def _plan_gains(self, plan: Round, rules: str) -> None:
+        if rules == "llumnix":
+            plan_llumnix(plan)
+        elif rules == "gain":
+            plan_defragment(plan)
+            plan_isolate(plan)
+            if self._order is not None:
+                plan_fairness(plan, self._order)
+            plan_balance(plan)
+
+    def preview(self, rules: str, now: float) -> list[Move]:
+        """The moves for gain that a round by ``rules`` would start now."""
+        views = {view.instance_id: view for view in self._members.views(now)}
+        budget = self.config.max_in_flight - len(self._members.transfers)
+        plan = self._round(views, list(views), budget, now)
+        self._plan_gains(plan, rules)
+        return plan.moves
 
     def _round(
         self, views: dict[str, LoadView], listed: list[str], budget: int, now: float

@@ -19,6 +19,9 @@ ROLE = "role"
 TENANT = "tenant"
 """Key of what a tenant may have: ``tenant/NAME``."""
 
+POLICY = "policy"
+"""Key of a setting of the policies: ``policy/SETTING``."""
+
 
 def key(kind: str, name: str) -> str:
     """The key of a setting that each ``name`` has its own of."""

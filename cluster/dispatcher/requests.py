@@ -68,6 +68,9 @@ class Requests:
         ledger: Orders tenants, and is told who waits.
         choose: The placement policy.
         count: Counts an event of a kind under a reason.
+
+    Attributes:
+        late_binding: Requests wait here; else each is sent on at once.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Requests:
         count: Callable[[str, str, int], None],
     ) -> None:
         self.config = config
+        self.late_binding = True
         self.queues = RequestQueues()
         self.waiting = WaitingRequests(ledger)
         self._members = members
@@ -193,7 +197,7 @@ class Requests:
     def _binding(self, now: float) -> Binding:
         return Binding(
             self._members.table,
-            self.config.run_ahead,
+            self.config.run_ahead if self.late_binding else None,
             self._ledger.counter,
             lambda info: self._ledger.theta(Source(info.instance_id, info.incarnation)),
             now,

@@ -249,6 +249,11 @@ class Candidates(Sequence[LoadView]):
     def _view(self, row: int) -> LoadView:
         return self._table.load(row).view(self._now, self._table._config)
 
+    def offers(self, name: str) -> bool:
+        """Whether an instance is among them."""
+        row = self._table.rows.get(name)
+        return row is not None and bool((self.rows == row).any())
+
     def where(self, keep: Bools) -> Candidates:
         """Those for which ``keep`` [n] is true."""
         return Candidates(self._table, self.rows[keep], self._now, self.cached[keep])
