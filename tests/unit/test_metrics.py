@@ -12,7 +12,15 @@ from prometheus_client.parser import text_string_to_metric_families
 import instance.figures
 from cluster.dispatcher import core as dispatcher_core
 from cluster.dispatcher.events import Finished, MigrationRequested
-from cluster.dispatcher.figures import COUNTERS, LABELS, figures, instance_figures
+from cluster.dispatcher.fairness import AccountBook
+from cluster.dispatcher.figures import (
+    COUNTERS,
+    LABELS,
+    MAX_TENANTS,
+    OTHER,
+    figures,
+    instance_figures,
+)
 from cluster.dispatcher.messages import ClusterView
 from cluster.gateway.metrics import GatewayMetrics, RequestTimer
 from cluster.metrics import CATALOGUE, INSTANCE, SERIES, Series
@@ -20,6 +28,7 @@ from instance.config import SchedulerConfig, SwapConfig
 from instance.kv.blocks import BlockPool
 from instance.kv.swap import HostSpace
 from instance.load import Figure
+from instance.request import RequestClass
 from instance.scheduler import Scheduler
 from tests.unit.dispatching import World, ask, dispatcher
 
@@ -157,6 +166,26 @@ def test_the_dispatchers_figures_are_declared() -> None:
     shown = {one.name for one in found}
     assert {"drover_placements_total", "drover_migrations_total", "drover_refusals_total"} <= shown
     assert Figure("drover_migrations_total", 1, ("admin", "moved")) in found
+
+
+def test_all_of_the_dispatchers_series_come_from_somewhere() -> None:
+    told = {figure.name for figure in figures(busy().core)} | set(COUNTERS.values())
+    declared = {series.name for series in SERIES if series.source == "dispatcher"}
+    of_the_actor = {name for name in declared if "_store_" in name or "start_time" in name}
+    assert told | of_the_actor == declared
+
+
+def test_tenants_beyond_the_most_served_are_one() -> None:
+    core = dispatcher()
+    for number in range(MAX_TENANTS + 5):
+        book = AccountBook(service=1000.0 - number)
+        core.ledger.accounts[f"t{number}", RequestClass.STANDARD] = book
+    core.ledger.accounts["t0", RequestClass.BATCH] = AccountBook(service=5.0)
+    shown = [one for one in figures(core) if one.name == "drover_tenant_service_total"]
+    served = {one.labels[0]: one.value for one in shown}
+    assert len(shown) == len(served) == MAX_TENANTS + 1
+    assert served["t0"] == 1005.0
+    assert served[OTHER] == sum(1000.0 - MAX_TENANTS - number for number in range(5))
 
 
 def test_every_counter_of_the_core_has_its_series() -> None:
