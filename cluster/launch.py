@@ -29,6 +29,7 @@ from cluster.ray_setup import (
 )
 from cluster.reporter import DispatcherReporter
 from instance.config import EngineConfig
+from instance.leases import LedgerUpdate
 from instance.load import InstanceInfo, MigrationReport, Role
 
 # Ray is imported within functions: it reads its environment when it is imported, so
@@ -98,6 +99,12 @@ class InstanceProcess:
 
     def tell_prefixes(self) -> None:
         self._actor.tell_prefixes()
+
+    def take_ledger(self, incarnation: str, update: LedgerUpdate) -> None:
+        self._actor.take_ledger(incarnation, update)
+
+    def copy_ledger(self) -> tuple[str, LedgerUpdate]:
+        return self._actor.copy_ledger()
 
     def check(self) -> dict[str, Any]:
         return self._actor.check()

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from instance.config import EngineConfig
 from instance.executor import Executor
+from instance.leases import LedgerUpdate
 from instance.load import InstanceInfo, MigrationReport, Role
 from instance.model.resolve import Progress
 from instance.model.runner import TorchExecutor
@@ -151,6 +152,23 @@ class InstanceActor:
             self._ready().tell_prefixes()
 
         self._run(tell())
+
+    def take_ledger(self, incarnation: str, update: LedgerUpdate) -> None:
+        """Take over what is new in the cluster's ledger of service."""
+
+        async def take() -> None:
+            self._ready().take_ledger(incarnation, update)
+
+        self._run(take())
+
+    def copy_ledger(self) -> tuple[str, LedgerUpdate]:
+        """The incarnation, and the ledger that it works with."""
+
+        async def copy() -> tuple[str, LedgerUpdate]:
+            server = self._ready()
+            return server.incarnation, server.counters.copy()
+
+        return self._run(copy())
 
     def check(self) -> dict[str, Any]:
         """Integrity and use of the block pool; raises IntegrityError if it is broken."""

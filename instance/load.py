@@ -8,8 +8,9 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from instance.executor import ModelDescription
+from instance.fairness import service
 from instance.kv.prefix_events import PrefixDelta, merge
-from instance.leases import ServiceReport
+from instance.leases import LeasedCounters, ServiceReport
 from instance.request import Account, RequestClass, Sequence, SequenceStatus
 from instance.scheduler import Scheduler
 
@@ -115,7 +116,10 @@ class LoadReport:
         """This report, with what an older one would have told that is not sent any more."""
         if unsent is None or unsent.incarnation != self.incarnation:
             return self
-        return replace(self, prefix=merge(unsent.prefix, self.prefix))
+        own = self.service
+        if own is not None and unsent.service is not None and unsent.service.leased:
+            own = replace(own, leased=True)
+        return replace(self, prefix=merge(unsent.prefix, self.prefix), service=own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,10 +199,12 @@ def build_report(
     figures: tuple[Figure, ...] = (),
     prefill_seconds: float = 0.0,
     role: Role = Role.MIXED,
-    service: ServiceReport | None = None,
     prefix: PrefixDelta | None = None,
 ) -> LoadReport:
-    """The state of an instance now; the server and the simulator report with it."""
+    """The state of an instance now; the server and the simulator report with it.
+
+    Where the scheduler's counters are leased, this is the report that renews the leases.
+    """
     block_size = scheduler.pool.block_size
 
     def view(sequence: Sequence, running: bool) -> SequenceLoad:
@@ -216,6 +222,7 @@ def build_report(
             num_tokens=len(sequence.tokens),
             migrating=migrations.involves(request.request_id),
             uncomputed=len(sequence.tokens) - min(sequence.num_written, len(sequence.tokens)),
+            paused=running and scheduler.is_paused(sequence),
         )
 
     waiting = [view(sequence, False) for sequence in scheduler.waiting]
@@ -240,6 +247,15 @@ def build_report(
         prefill_seconds=prefill_seconds,
         preempted=sum(1 for sequence in scheduler.waiting if sequence.num_preemptions),
         role=role,
-        service=service,
+        service=_service(scheduler),
         prefix=prefix,
     )
+
+
+def _service(scheduler: Scheduler) -> ServiceReport | None:
+    counters = scheduler.counters
+    if not isinstance(counters, LeasedCounters):
+        return None
+    config = scheduler.config
+    step = service(config.max_num_batched_tokens, scheduler.max_num_seqs)
+    return counters.report(scheduler.priorities.theta, config.priority_interval * step)

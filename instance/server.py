@@ -20,6 +20,7 @@ from instance.executor import Executor
 from instance.figures import figures
 from instance.homes import HomeLink, tokens_message
 from instance.kv.prefix_events import PrefixEvents
+from instance.leases import LeasedCounters, LedgerUpdate
 from instance.load import (
     InstanceInfo,
     LoadReport,
@@ -78,6 +79,7 @@ class InstanceServer(generate_pb2_grpc.GenerateServicer):
         self._failure = on_failure
         self.clock = RealClock()
         self._loop = asyncio.get_running_loop()
+        self.counters = LeasedCounters()
         self.engine = Engine(
             executor,
             config,
@@ -86,6 +88,7 @@ class InstanceServer(generate_pb2_grpc.GenerateServicer):
             self._step_ended,
             self._executor_failed,
             lambda sequence: self.migrations.preempted(sequence),
+            self.counters,
         )
         self._prefixes = PrefixEvents()
         if self.engine.prefix_caching:
@@ -96,6 +99,7 @@ class InstanceServer(generate_pb2_grpc.GenerateServicer):
         self._grpc: grpc.aio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._report_number = 0
+        self._reported_waiting = False
         self._report_due = asyncio.Event()
         self.info: InstanceInfo | None = None
 
@@ -243,6 +247,7 @@ class InstanceServer(generate_pb2_grpc.GenerateServicer):
             emitted=tuple(submit.emitted),
             eos_token_ids=self.engine.model.eos_token_ids,
         )
+        wire.take_charged(sequence, submit.charged)
         try:
             self.engine.submit(sequence)
         except ValueError as error:
@@ -296,10 +301,7 @@ class InstanceServer(generate_pb2_grpc.GenerateServicer):
                             else sequence.status
                         ),
                         next_index=sequence.num_output,
-                        charged=pb.Charged(
-                            prompt=min(sequence.num_written, sequence.num_prompt),
-                            output=sequence.num_output,
-                        ),
+                        charged=wire.charged_to_wire(sequence),
                     )
                     for sequence in (*held, *link.ended.values())
                 ],
@@ -330,6 +332,10 @@ class InstanceServer(generate_pb2_grpc.GenerateServicer):
                 self.note_epoch(sequence.request_id, sequence.epoch)
                 self._report_due.set()
         self.migrations.step_ended(emissions)
+        # Whoever hands out requests must not wait to hear that nothing waits here any more.
+        emptied = self._reported_waiting and not self.engine.scheduler.waiting
+        if emptied or self.counters.due:
+            self._report_due.set()
 
     # ---- what the migration coordinator needs
 
@@ -412,6 +418,11 @@ class InstanceServer(generate_pb2_grpc.GenerateServicer):
             # Events within this time share a report.
             await asyncio.sleep(min(0.03, self._config.report_interval))
 
+    def take_ledger(self, incarnation: str, update: LedgerUpdate) -> None:
+        """Take over what is new in the cluster's ledger; one for an older start is ignored."""
+        if incarnation == self.incarnation:
+            self.counters.take(update)
+
     def tell_prefixes(self) -> None:
         """Report from now on as if nobody knew what the prefix cache holds."""
         self._prefixes.restart(self.engine.pool.prefix.keys())
@@ -425,6 +436,7 @@ class InstanceServer(generate_pb2_grpc.GenerateServicer):
         """The state of this instance now."""
         self._report_number += 1
         migrations = self.migrations
+        self._reported_waiting = bool(self.engine.scheduler.waiting)
         return build_report(
             self.engine.scheduler,
             MigrationFigures(

@@ -17,6 +17,7 @@ from instance.request import (
     Request,
     RequestClass,
     SamplingParams,
+    Sequence,
     TokenLogprobs,
 )
 from protos import generate_pb2 as pb
@@ -176,8 +177,31 @@ def logprobs_from_wire(wire: Collection[pb.TokenLogprobs]) -> tuple[TokenLogprob
     )
 
 
-def submit_to_wire(request: Request, epoch: int, emitted: list[int], incarnation: str) -> pb.Submit:
-    """A request with the output tokens that exist already."""
+def charged_to_wire(sequence: Sequence) -> pb.Charged:
+    """How much of a sequence its tenant has paid for."""
+    return pb.Charged(prompt=sequence.charged_prompt, output=sequence.charged_output)
+
+
+def take_charged(sequence: Sequence, charged: pb.Charged) -> None:
+    """Leave to this instance's charge what was not paid for elsewhere."""
+    prompt = min(charged.prompt, sequence.num_prompt)
+    sequence.charged_prompt = max(sequence.charged_prompt, prompt)
+    sequence.charged_output = min(max(sequence.charged_output, charged.output), sequence.num_output)
+
+
+def submit_to_wire(
+    request: Request,
+    epoch: int,
+    emitted: list[int],
+    incarnation: str,
+    charged_prompt: int = 0,
+) -> pb.Submit:
+    """A request with the output tokens that exist already, which are paid for.
+
+    Args:
+        charged_prompt: Prompt tokens that are paid for, where there is no output yet.
+    """
+    prompt = len(request.prompt) if emitted else charged_prompt
     return pb.Submit(
         request_id=request.request_id,
         epoch=epoch,
@@ -190,6 +214,7 @@ def submit_to_wire(request: Request, epoch: int, emitted: list[int], incarnation
         arrival=request.arrival,
         model=request.model,
         adapter=request.adapter,
+        charged=pb.Charged(prompt=prompt, output=len(emitted)),
     )
 
 

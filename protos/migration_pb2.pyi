@@ -52,7 +52,7 @@ class Extend(_message.Message):
     def __init__(self, attempt: _Optional[str] = ..., num_blocks: _Optional[int] = ...) -> None: ...
 
 class Handover(_message.Message):
-    __slots__ = ("attempt", "request_id", "epoch", "output", "num_computed", "num_blocks", "acked", "num_stages", "cached_tokens", "logprobs")
+    __slots__ = ("attempt", "request_id", "epoch", "output", "num_computed", "num_blocks", "acked", "num_stages", "cached_tokens", "logprobs", "charged")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -63,6 +63,7 @@ class Handover(_message.Message):
     NUM_STAGES_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    CHARGED_FIELD_NUMBER: _ClassVar[int]
     attempt: str
     request_id: str
     epoch: int
@@ -73,7 +74,8 @@ class Handover(_message.Message):
     num_stages: int
     cached_tokens: int
     logprobs: _containers.RepeatedCompositeFieldContainer[_generate_pb2.TokenLogprobs]
-    def __init__(self, attempt: _Optional[str] = ..., request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., output: _Optional[_Iterable[int]] = ..., num_computed: _Optional[int] = ..., num_blocks: _Optional[int] = ..., acked: _Optional[int] = ..., num_stages: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[_generate_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
+    charged: _generate_pb2.Charged
+    def __init__(self, attempt: _Optional[str] = ..., request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., output: _Optional[_Iterable[int]] = ..., num_computed: _Optional[int] = ..., num_blocks: _Optional[int] = ..., acked: _Optional[int] = ..., num_stages: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[_generate_pb2.TokenLogprobs, _Mapping]]] = ..., charged: _Optional[_Union[_generate_pb2.Charged, _Mapping]] = ...) -> None: ...
 
 class CancelMigration(_message.Message):
     __slots__ = ("attempt", "reason")

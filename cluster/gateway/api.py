@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterable, Sequence
@@ -277,7 +278,9 @@ class OpenAIApi:
                     Choice(
                         index,
                         request,
-                        self._router.submit(request),
+                        self._router.submit(
+                            request, math.inf if call.deadline is None else call.deadline
+                        ),
                         output,
                         RequestTimer(self._metrics, call.timer),
                         echo=echoes[which] if echoes else "",

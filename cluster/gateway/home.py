@@ -30,12 +30,18 @@ class Peer(NamedTuple):
 
 
 class Held(NamedTuple):
-    """One line of an instance's holdings; ``state`` is a ``SequenceStatus`` value."""
+    """One line of an instance's holdings.
+
+    Attributes:
+        state: A ``SequenceStatus`` value.
+        charged_prompt: Prompt tokens that the tenant has paid for.
+    """
 
     request_id: str
     epoch: int
     state: str
     next_index: int
+    charged_prompt: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +128,7 @@ class OwnedRequest:
         output: Output tokens that the client has.
         moves: Claims granted.
         replays: Times it was started again elsewhere.
+        charged_prompt: Prompt tokens that the tenant has paid for, as far as holders told.
     """
 
     request_id: str
@@ -131,6 +138,7 @@ class OwnedRequest:
     output: list[int] = field(default_factory=list)
     moves: int = 0
     replays: int = 0
+    charged_prompt: int = 0
     avoid: tuple[str, ...] = ()
     # The holder has shown that it has the request under the present epoch.
     confirmed: bool = False
@@ -309,6 +317,7 @@ class Home:
                 actions.append(SendCancel(peer, request_id, item.epoch))
             elif self._owns(request, peer, item.epoch):
                 seen.add(request_id)
+                request.charged_prompt = max(request.charged_prompt, item.charged_prompt)
                 if fresh or item.next_index > len(request.output):
                     request.asked = -1
                     actions.extend(self._ask(request, peer))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -22,6 +23,7 @@ from cluster.gateway.home import (
     SendSubmit,
 )
 from cluster.gateway.links import InstanceLink
+from cluster.gateway.served import ServedService
 from instance import wire
 from instance.kv.prefix import with_adapter
 from instance.kv.prefix_events import prompt_keys
@@ -107,6 +109,7 @@ class RequestStream:
 
     Attributes:
         request: What was asked.
+        deadline: When its client gives up, on the event loop's clock.
         producer: Instance whose tokens came last; None before the first.
         epoch: Present ownership number.
         migrations: Moves so far.
@@ -116,8 +119,9 @@ class RequestStream:
         prefix: Keys of the prompt's leading blocks, once they were made.
     """
 
-    def __init__(self, router: Router, request: Request) -> None:
+    def __init__(self, router: Router, request: Request, deadline: float = math.inf) -> None:
         self.request = request
+        self.deadline = deadline
         self.producer: str | None = None
         self.epoch = 1
         self.migrations = 0
@@ -249,6 +253,7 @@ class Router:
         self._links: dict[Peer, InstanceLink] = {}
         self._infos: dict[Peer, InstanceInfo] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._served = ServedService()
         self._closing = False
 
     @property
@@ -312,9 +317,13 @@ class Router:
 
     # ---- requests
 
-    def submit(self, request: Request) -> RequestStream:
-        """Start a request; raises ValueError if its id is in use."""
-        stream = RequestStream(self, request)
+    def submit(self, request: Request, deadline: float = math.inf) -> RequestStream:
+        """Start a request; raises ValueError if its id is in use.
+
+        Args:
+            deadline: When its client gives up, on the event loop's clock.
+        """
+        stream = RequestStream(self, request, deadline)
         actions = self.home.add(request.request_id)
         self._streams[request.request_id] = stream
         self._execute(actions)
@@ -378,6 +387,7 @@ class Router:
                     model=request.model,
                     avoid=action.avoid,
                     prefix=self._prefix(stream),
+                    time_left=stream.deadline - asyncio.get_running_loop().time(),
                 )
             )
             if isinstance(answer, Placement):
@@ -390,7 +400,12 @@ class Router:
                 if self._streams.get(action.request_id) is stream:
                     self._fail(
                         stream,
-                        RequestFailed(answer.status, answer.reason, retry_after=answer.retry_after),
+                        RequestFailed(
+                            answer.status,
+                            answer.reason,
+                            code=answer.code or None,
+                            retry_after=answer.retry_after if answer.status in (429, 503) else None,
+                        ),
                     )
                 return
             await asyncio.sleep(delay)
@@ -450,6 +465,19 @@ class Router:
         if not self._closing:
             logger.warning("instance %s (%s) is gone", *peer)
             self._execute(self.home.gone(peer))
+            self._spawn(self._tell_served(peer))
+
+    async def _tell_served(self, peer: Peer) -> None:
+        """The instance may not have reported all that it did."""
+        charged = self._served.of(peer)
+        if not charged:
+            return
+        try:
+            await self._placer.call("served", self.home_id, *peer, charged)
+            if peer not in self._infos and peer not in self._links:
+                self._served.forget(peer)
+        except Exception as error:
+            logger.debug("dispatcher did not hear what %s (%s) served: %s", *peer, error)
 
     def received(self, link: InstanceLink, message: pb.ToGateway) -> None:
         """Feed what an instance says to the home."""
@@ -469,7 +497,7 @@ class Router:
                     part.cached_tokens,
                     wire.logprobs_from_wire(part.logprobs) if part.logprobs else (),
                 )
-                execute(actions, link.info.instance_id)
+                execute(actions, peer)
             link.send(pb.ToInstance(ack=pb.Ack(frame=message.frame.number)))
         elif kind == "claim":
             claim = message.claim
@@ -490,7 +518,7 @@ class Router:
                 stream.epoch, stream.migrations = owned.epoch, owned.moves
         elif kind == "holdings":
             held = [
-                Held(one.request_id, one.epoch, one.state, one.next_index)
+                Held(one.request_id, one.epoch, one.state, one.next_index, one.charged.prompt)
                 for one in message.holdings.holdings
             ]
             self._execute(self.home.holdings(peer, message.holdings.submits, held))
@@ -499,25 +527,29 @@ class Router:
 
     # ---- actions
 
-    def _execute(self, actions: Iterable[HomeAction], producer: str | None = None) -> None:
+    def _execute(self, actions: Iterable[HomeAction], producer: Peer | None = None) -> None:
         for action in actions:
             match action:
                 case Deliver():
                     stream = self._streams[action.request_id]
-                    stream.deliver(action, producer)
+                    if producer is not None:
+                        request = stream.request
+                        fresh = 0 if action.index else len(request.prompt) - action.cached_tokens
+                        self._served.note(producer, request.account, fresh, len(action.tokens))
+                    stream.deliver(action, None if producer is None else producer.instance_id)
                     if action.finish_reason:
                         self._forget(stream, stream.epoch)
                 case SendSubmit(peer, request_id, epoch):
                     stream = self._streams[request_id]
-                    output = self.home.requests[request_id].output
-                    self._send(
-                        peer,
-                        pb.ToInstance(
-                            submit=wire.submit_to_wire(
-                                stream.request, epoch, output, peer.incarnation
-                            )
-                        ),
+                    owned = self.home.requests[request_id]
+                    submit = wire.submit_to_wire(
+                        stream.request,
+                        epoch,
+                        owned.output,
+                        peer.incarnation,
+                        owned.charged_prompt,
                     )
+                    self._send(peer, pb.ToInstance(submit=submit))
                 case SendCancel(peer, request_id, epoch):
                     self._send(
                         peer, pb.ToInstance(cancel=pb.Cancel(request_id=request_id, epoch=epoch))

@@ -166,7 +166,8 @@ class OutgoingMigration:
                             num_blocks=message.num_blocks,
                             acked=message.acked,
                             num_stages=message.num_stages,
-                            cached_tokens=max(0, sequence.num_cached),
+                            cached_tokens=sequence.num_cached if sequence.num_cached >= 0 else None,
+                            charged=wire.charged_to_wire(sequence),
                             logprobs=wire.logprobs_to_wire(message.logprobs),
                         )
                     )

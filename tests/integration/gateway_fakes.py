@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,7 +134,7 @@ class FakeRouter:
     def last(self) -> FakeStream:
         return self.streams[-1]
 
-    def submit(self, request: Request) -> FakeStream:
+    def submit(self, request: Request, deadline: float = math.inf) -> FakeStream:
         if self.submit_error is not None:
             raise self.submit_error
         stream = FakeStream(request, self.script(request))

@@ -13,6 +13,7 @@ from cluster.dispatcher.core import DispatcherConfig
 from cluster.dispatcher.load import LoadConfig
 from cluster.dispatcher.messages import ClusterView, Placement, Refusal
 from cluster.dispatcher.rebalance import RebalanceConfig
+from cluster.dispatcher.requests import RequestConfig
 from cluster.reporter import DispatcherReporter
 from instance.load import InstanceInfo, LoadReport, MigrationReport
 from tests.integration.valkey import running
@@ -97,7 +98,9 @@ def cluster(ray):
     """A dispatcher as the launcher makes it, and two instances that have joined."""
     dispatcher = launch.start_dispatcher(
         DispatcherConfig(
-            load=LoadConfig(report_interval=1.0), rebalance=RebalanceConfig(enabled=False)
+            requests=RequestConfig(hold_timeout=120.0, home_timeout=120.0),
+            load=LoadConfig(report_interval=1.0),
+            rebalance=RebalanceConfig(enabled=False),
         ),
         CLUSTER,
     )
@@ -170,6 +173,20 @@ def test_a_dispatcher_in_full(ray, cluster) -> None:
         {"instance_id": "i1", "used_blocks": 0},
     ]
 
+    # What no instance can take is held, and answered by another call.
+    for name in instances:
+        ray.get(dispatcher.drain.remote(name))
+    held = ask("held")
+    assert ray.get(dispatcher.place.remote([held])) == [None]
+    assert ray.get(dispatcher.answers.remote(held.gateway_id, 0.01)) == []
+    pending = dispatcher.answers.remote(held.gateway_id, 60.0)
+    for name in instances:
+        ray.get(dispatcher.resume.remote(name))
+    (answer,) = ray.get(pending)
+    assert isinstance(answer, Placement)
+    assert answer.request_id == "held"
+    assert ray.get(dispatcher.place.remote([held])) == [answer]
+
     # Migration on demand.
     moved = ray.get(dispatcher.migrate.remote("mover"))
     assert (moved.outcome, moved.source, moved.destination) == ("moved", "i0", "i1")
@@ -205,7 +222,7 @@ def test_what_operators_set_outlives_a_killed_dispatcher(ray, cluster) -> None:
     wait_for(back)
     assert "draining/i1" in told
     assert not ray.get(dispatcher.watch.remote(-1, 60.0)).overrides
-    assert ray.get(dispatcher.watch.remote(-1, 60.0, told)).overrides == told
+    assert ray.get(dispatcher.watch.remote(-1, 60.0, {"overrides": told})).overrides == told
     wait_for(lambda: counts(ray, dispatcher) == (2, 3))
     found = {one["instance_id"]: one["state"] for one in status(ray, dispatcher)["instances"]}
     assert found["i1"] == "draining"

@@ -42,7 +42,11 @@ INSTANCE_CORES = (
     "instance/migration/destination.py",
     "instance/migration/protocol.py",
 )
-GATEWAY_CORES = ("cluster/gateway/home.py", "cluster/gateway/stop_strings.py")
+GATEWAY_CORES = (
+    "cluster/gateway/home.py",
+    "cluster/gateway/served.py",
+    "cluster/gateway/stop_strings.py",
+)
 SIMULATION_CORES = ("cluster/simulation/profile.py", "cluster/simulation/profile_fit.py")
 CORE_FOLDERS = ("instance/kv", "cluster/dispatcher", "cluster/simulation/workloads")
 SHELLS = {"copier.py", "actor.py", "operators.py", "sources.py", "store.py", "__init__.py"}
