@@ -28,7 +28,14 @@ from cluster.flags import (
     switch,
 )
 from cluster.user_policy import is_file_policy, load_function
-from instance.config import EngineConfig, MigrationConfig, SchedulerConfig
+from instance.config import (
+    EngineConfig,
+    MigrationConfig,
+    PreemptionMode,
+    SchedulerConfig,
+    SwapConfig,
+    SwapMode,
+)
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -169,6 +176,30 @@ class ServeConfig:
     )
     enable_prefix_caching: bool = setting(
         True, switch, "", _MODEL, "reuse KV blocks of equal prefixes"
+    )
+    swap_space: float = setting(
+        1.0,
+        number(0.0),
+        "GIB",
+        _MODEL,
+        "host memory of an instance to which KV of preempted requests goes; 0: none",
+    )
+    preemption_mode: str = setting(
+        "auto",
+        one_of(*PreemptionMode),
+        "MODE",
+        _MODEL,
+        "KV of a preempted request: swap, recompute, or auto: whichever is measured to be cheaper",
+    )
+    swap_mode: str = setting(
+        "auto",
+        one_of(*SwapMode),
+        "MODE",
+        _MODEL,
+        "steps wait for swaps: sync, async (never), or auto: where that is measured to be cheaper",
+    )
+    swap_reuse: bool = setting(
+        True, switch, "", _MODEL, "keep copies in host memory for the next swap or turn"
     )
     host: str = setting("127.0.0.1", string, "ADDRESS", _HTTP, "address that the gateways bind")
     port: int = setting(8000, integer(0, 65535), "PORT", _HTTP, "TCP port; 0 picks a free one")
@@ -326,6 +357,12 @@ class ServeConfig:
                 max_num_batched_tokens=self.max_num_batched_tokens,
                 max_model_len=self.max_model_len,
                 enable_prefix_caching=self.enable_prefix_caching,
+            ),
+            swap=SwapConfig(
+                space_bytes=int(self.swap_space * GIB),
+                mode=SwapMode(self.swap_mode),
+                preemption=PreemptionMode(self.preemption_mode),
+                reuse=self.swap_reuse,
             ),
             migration=MigrationConfig(
                 tail_blocks=self.migration_tail_blocks,

@@ -41,6 +41,8 @@ def test_every_flag_has_its_environment_twin() -> None:
         "dtype": ("float64", "float64"),
         "device": ("cpu", "cpu"),
         "placement": ("round_robin", "round_robin"),
+        "preemption_mode": ("recompute", "recompute"),
+        "swap_mode": ("sync", "sync"),
         "redis_url": ("redis://host", "redis://host"),
     }
     for field in dataclasses.fields(ServeConfig):
