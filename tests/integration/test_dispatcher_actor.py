@@ -165,8 +165,9 @@ def test_a_dispatcher_in_full(ray, cluster) -> None:
     wait_for(
         lambda: {entry["state"] for entry in status(ray, dispatcher)["instances"]} == {"ready"}
     )
-    with pytest.raises(ValueError, match="there is no instance 'i9'"):
+    with pytest.raises(Exception, match="there is no instance 'i9'") as missing:
         ray.get(dispatcher.drain.remote("i9"))
+    assert missing.value.cause.code == "unknown_instance"
 
     assert ray.get(dispatcher.check.remote())["instances"] == [
         {"instance_id": "i0", "error": "block 3 is held twice"},
@@ -203,6 +204,34 @@ def test_a_dispatcher_in_full(ray, cluster) -> None:
     found = status(ray, dispatcher)
     assert [m["outcome"] for m in found["migrations"]] == ["error: the source broke", "moved"]
     assert found["counters"]["migrations_started"] == {"admin": 2}
+
+
+def test_operators_change_tenants_and_policies(ray, cluster) -> None:
+    dispatcher, _ = cluster
+    gold = ray.get(dispatcher.set_tenant.remote("gold", {"weight": 3}, "ann"))
+    assert (gold["tenant"], gold["weight"]) == ("gold", 3.0)
+    by_name = {one["tenant"]: one for one in ray.get(dispatcher.tenants.remote())["tenants"]}
+    assert by_name["gold"]["weight"] == 3.0
+    assert by_name["default"]["running"] == 3
+    ray.get(dispatcher.set_policies.remote({"placement": "round_robin"}, True, "ann"))
+    assert ray.get(dispatcher.policies.remote())["placement"] == "freeness"
+    ray.get(dispatcher.set_policies.remote({"placement": "round_robin"}, False, "ann"))
+    found = ray.get(dispatcher.policies.remote())
+    assert found["placement"] == "round_robin"
+    assert [(one["who"], one["what"]) for one in found["audit"]] == [
+        ("ann", "placement"),
+        ("ann", "tenant/gold"),
+    ]
+    for order in (
+        dispatcher.set_tenant.remote("gold", {"weight": 0}, "ann"),
+        dispatcher.set_policies.remote({"placement": "nonsense"}, False, "ann"),
+    ):
+        with pytest.raises(Exception, match=r".") as caught:
+            ray.get(order)
+        assert caught.value.cause.code == "invalid_value"
+    found = ray.get(dispatcher.requests.remote(2, "i0", ""))
+    assert (found["num_requests"], len(found["requests"])) == (3, 2)
+    assert {one["instance_id"] for one in ray.get(dispatcher.instances.remote())} == {"i0", "i1"}
 
 
 def test_what_operators_set_outlives_a_killed_dispatcher(ray, cluster) -> None:
