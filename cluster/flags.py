@@ -152,14 +152,19 @@ def flags_of(settings: type[Any]) -> dict[str, Flag]:
     return {field.name: field.metadata["flag"] for field in dataclasses.fields(settings)}
 
 
-def add_arguments(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
-    """Declare every flag on ``parser``; one that is not given is left out of the result."""
+def add_arguments(
+    parser: argparse.ArgumentParser, settings: type[Any], only: str | None = None
+) -> None:
+    """Declare every flag on ``parser``, or those of one group; one that is not given is left
+    out of the result."""
     groups: dict[str, Any] = {}
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file of settings; keys are the flags' names"
     )
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
     for name, flag in flags_of(settings).items():
+        if only is not None and flag.group != only:
+            continue
         group = groups.get(flag.group)
         if group is None:
             group = groups[flag.group] = parser.add_argument_group(flag.group)

@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.simulation.profile import CopyCost
+from cluster.simulation.profile import CopyCost, LinkCost
 from instance.step_cost import StepCost
 
 Sample = TypeVar("Sample")
@@ -120,6 +120,22 @@ def fit_copies(samples: Sequence[CopySample]) -> CopyCost:
     return CopyCost(1.0 / byte, launch)
 
 
+def fit_link(samples: Sequence[CopySample]) -> LinkCost:
+    """Costs of a link, from copies that a reply follows: two messages each.
+
+    Raises:
+        ValueError: if there are fewer than three samples, or copies that take no time.
+    """
+    if len(samples) < 3:
+        raise ValueError(f"{len(samples)} copies are too few to fit a link")
+    features = np.array([(1, one.copies, one.num_bytes) for one in samples], float)
+    costs, _ = _fit(features, np.array([one.seconds for one in samples]))
+    both, launch, byte = costs.tolist()
+    if byte <= 0:
+        raise ValueError("more bytes took no longer: the rate cannot be told")
+    return LinkCost(1.0 / byte, launch, both / 2)
+
+
 def relative_error(sample: StepSample, cost: StepCost) -> float:
     """(Predicted - measured) / measured."""
     return sample.predicted(cost) / sample.seconds - 1.0
@@ -143,6 +159,12 @@ def held_out(
 def predict_step(others: Sequence[StepSample], sample: StepSample) -> float:
     """Seconds of ``sample`` by what fits the others."""
     return sample.predicted(fit_steps(others))
+
+
+def predict_link(others: Sequence[CopySample], sample: CopySample) -> float:
+    """Seconds of ``sample``, its reply included, by what fits the others."""
+    cost = fit_link(others)
+    return cost.seconds(sample.num_bytes, sample.copies) + cost.latency
 
 
 def predict_copy(others: Sequence[CopySample], sample: CopySample) -> float:

@@ -23,9 +23,11 @@ from cluster.simulation.profile_fit import (
     CopySample,
     StepSample,
     fit_copies,
+    fit_link,
     fit_steps,
     held_out,
     predict_copy,
+    predict_link,
     predict_step,
     relative_error,
 )
@@ -207,12 +209,37 @@ def test_copies_are_fitted(bandwidth: float, launch: float) -> None:
         assert predicted == pytest.approx(sample.seconds, rel=0.3)
 
 
+@exact
+@given(st.floats(1e8, 1e11), st.floats(0, 1e-3), st.floats(1e-5, 1e-2))
+def test_links_are_fitted(bandwidth: float, launch: float, latency: float) -> None:
+    cost = LinkCost(bandwidth, launch, latency)
+    made = [
+        CopySample(copies, size, cost.seconds(size, copies) + latency)
+        for copies in (1, 8, 64)
+        for size in (10**6, 10**8)
+    ]
+    found = fit_link(made)
+    for sample in made:
+        assert found.seconds(sample.num_bytes, sample.copies) + found.latency == pytest.approx(
+            sample.seconds, rel=0.02
+        )
+    for sample, predicted in held_out(made, predict_link):
+        assert predicted == pytest.approx(sample.seconds, rel=0.3)
+
+
 def test_too_little_to_fit() -> None:
     with pytest.raises(ValueError, match="5 steps are too few"):
         fit_steps(samples(StepCost())[:5])
-    for few in ([], [CopySample(1, 1, 1.0)]):
+    one = CopySample(1, 1, 1.0)
+    for few in ([], [one]):
         with pytest.raises(ValueError, match="cop"):
             fit_copies(few)
+    with pytest.raises(ValueError, match="2 copies"):
+        fit_link([one, one])
+    faster = [CopySample(1, size, 1.0 / size) for size in (10, 100, 1000)]
+    for fit in (fit_copies, fit_link):
+        with pytest.raises(ValueError, match="took no longer"):
+            fit(faster)
 
 
 def test_a_profile_is_one_kind_of_instance() -> None:
