@@ -18,10 +18,11 @@ import dataclasses
 import functools
 import statistics
 from collections.abc import Callable
+from typing import NamedTuple
 
 from instance.clock import Clock
 from instance.config import EngineConfig
-from instance.executor import Executor, StepBatch, StepResult
+from instance.executor import Executor, KvPool, StepBatch, StepResult
 from instance.fairness import ServiceCounters
 from instance.kv.blocks import BlockPool
 from instance.kv.swap import CopyJob, HostSpace
@@ -29,6 +30,20 @@ from instance.request import FinishReason, Sequence, SequenceStatus, StepPlan
 from instance.scheduler import Emission, Scheduler
 
 StepListener = Callable[[list[Emission]], None]
+
+
+class KvPlace(NamedTuple):
+    """Where the KV of a sequence is.
+
+    Attributes:
+        pool: Accounts for its blocks.
+        kv: Their bytes; None where there are none (a modelled executor).
+        table: Its blocks there, in order.
+    """
+
+    pool: BlockPool
+    kv: KvPool | None
+    table: list[int]
 
 
 class Engine:
@@ -169,6 +184,13 @@ class Engine:
 
         self.at_boundary(take_out)
 
+    def kv_of(self, sequence: Sequence) -> KvPlace:
+        """Where the KV that a sequence has is: on the host while it is swapped out."""
+        swap, copier = self.scheduler.swap, self.executor.copier
+        if sequence.num_swapped and swap is not None and copier is not None:
+            return KvPlace(swap.host, copier.host, sequence.host_table)
+        return KvPlace(self.pool, self.executor.kv, sequence.block_table)
+
     def wake(self) -> None:
         """Start a step if none runs and there is something to do."""
         if self._running is None and not self._advancing and not self.failed:
@@ -241,7 +263,6 @@ class Engine:
                 (copier.copy_out if job.outward else copier.copy_in)(job.runs, done)
             except Exception as error:
                 done(error)
-        self._tell_lost()
 
     def _copy_ended(self, job: CopyJob, result: float | BaseException) -> None:
         self._post(lambda: self._finish_copy(job, result))
@@ -308,6 +329,7 @@ class Engine:
             if sequence.preempted_at is None:
                 sequence.preempted_at = self._clock.now()
             self._on_preempted(sequence)
+        self._tell_lost()
 
     def _step_ended(self, result: StepResult | BaseException) -> None:
         self._post(lambda: self._complete(result))

@@ -119,8 +119,10 @@ class MigrationCoordinator(migration_pb2_grpc.MigrationServicer):
             return "unknown request"
         if destination.instance_id == self._host.instance_id:
             return "already there"
-        if sequence.status not in (SequenceStatus.RUNNING, SequenceStatus.WAITING):
+        if sequence.status is SequenceStatus.HANDOVER:
             return "in handover already"
+        if not self._host.engine.scheduler.can_leave(sequence):
+            return "being swapped"
         if self.involves(sequence.request_id):
             return "migrating already"
         if len(self._outgoing) >= self._config.max_concurrent:

@@ -10,6 +10,7 @@ import grpc.aio
 
 from instance import wire
 from instance.config import MigrationConfig
+from instance.engine import KvPlace
 from instance.load import MigrationReport
 from instance.migration import messages as m
 from instance.migration.codec import claim_to_wire
@@ -62,7 +63,8 @@ class OutgoingMigration:
     def start(self) -> None:
         """Offer the sequence to the destination."""
         now = self._host.clock.now()
-        has_kv = self.sequence.status is SequenceStatus.RUNNING
+        sequence = self.sequence
+        has_kv = sequence.status is SequenceStatus.RUNNING or sequence.num_swapped > 0
         self._execute(self.machine.start(*self._blocks(), has_kv, now))
 
     def handle(self, event: m.SourceEvent) -> None:
@@ -85,8 +87,8 @@ class OutgoingMigration:
     def _blocks(self) -> tuple[int, int]:
         """Sealed blocks, and blocks that hold KV."""
         size = self._host.engine.pool.block_size
-        written = self.sequence.num_written
-        return written // size, -(-written // size)
+        kept = self.sequence.num_kept
+        return kept // size, -(-kept // size)
 
     def _execute(self, actions: list[m.SourceAction]) -> None:
         for action in actions:
@@ -176,20 +178,21 @@ class OutgoingMigration:
     # ---- copies
 
     def _copy(self, stage: int, first: int, count: int) -> None:
-        blocks = self.sequence.block_table[first : first + count]
-        self._host.engine.pool.pin(blocks)
-        task = asyncio.create_task(self._transfer(stage, first, blocks))
+        place = self._host.engine.kv_of(self.sequence)
+        blocks = place.table[first : first + count]
+        place.pool.pin(blocks)
+        task = asyncio.create_task(self._transfer(stage, first, blocks, place))
         self._copies.add(task)
         task.add_done_callback(self._copies.discard)
 
-    async def _transfer(self, stage: int, first: int, blocks: list[int]) -> None:
+    async def _transfer(self, stage: int, first: int, blocks: list[int], place: KvPlace) -> None:
         engine = self._host.engine
         ok = False
         try:
             stats = await send_blocks(
                 self.peer.stub,
                 self.peer.metadata,
-                engine.executor.kv,
+                place.kv,
                 attempt=self.machine.attempt,
                 stage=stage,
                 first=first,
@@ -208,7 +211,7 @@ class OutgoingMigration:
             # The protocol has no timer here: it must hear of the end, whatever the fault.
             logger.exception("stage %d of %s", stage, self.machine.attempt)
         finally:
-            engine.pool.unpin(blocks)
+            place.pool.unpin(blocks)
             engine.wake()
         self.handle(m.CopyDone(stage, ok, *self._blocks()))
 
@@ -227,7 +230,7 @@ class OutgoingMigration:
         self.handle(
             m.Detached(
                 total_blocks=self._blocks()[1],
-                num_computed=sequence.num_written,
+                num_computed=sequence.num_kept,
                 output=tuple(sequence.output),
                 acked=sequence.acked,
                 logprobs=sequence.logprobs_since(sequence.acked),

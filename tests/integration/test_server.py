@@ -17,11 +17,20 @@ from bench.instances import FixedPlacer
 from cluster.gateway.router import RequestStream, Router
 from instance import wire
 from instance.clock import RealClock
-from instance.config import EngineConfig, MigrationConfig, SchedulerConfig
+from instance.config import (
+    EngineConfig,
+    MigrationConfig,
+    PreemptionMode,
+    SchedulerConfig,
+    SwapConfig,
+)
+from instance.engine import KvPlace
 from instance.executor import ModelDescription
+from instance.kv.blocks import BlockPool
 from instance.load import MigrationReport
 from instance.model.modelled import ModelledExecutor
-from instance.request import FinishReason, Request, SamplingParams
+from instance.model.modelled_copier import ModelledCopier
+from instance.request import FinishReason, Request, SamplingParams, Sequence
 from instance.server import InstanceServer
 from instance.step_cost import StepCost
 from protos import generate_pb2 as pb
@@ -37,6 +46,7 @@ CONFIG = EngineConfig(
     migration=MigrationConfig(
         reply_timeout=0.6, lease=1.0, claim_interval=0.05, grace=0.8, max_concurrent=4
     ),
+    swap=SwapConfig(preemption=PreemptionMode.SWAP),
 )
 
 
@@ -51,9 +61,19 @@ class Servers:
         self._numbers = itertools.count()
 
     async def add(
-        self, name: str, model: ModelDescription = MODEL, blocks: int = 400, step: float = 0.004
+        self,
+        name: str,
+        model: ModelDescription = MODEL,
+        blocks: int = 400,
+        step: float = 0.004,
+        host_blocks: int = 0,
     ) -> InstanceServer:
-        executor = ModelledExecutor(model, blocks, RealClock(), StepCost(step, 1e-6, 1e-6, 0.0))
+        clock = RealClock()
+        copier = None
+        if host_blocks:
+            copier = ModelledCopier(host_blocks, 1 << 16, clock, lambda _, copies: 1e-4 * copies)
+        cost = StepCost(step, 1e-6, 1e-6, 0.0)
+        executor = ModelledExecutor(model, blocks, clock, cost, copier)
         server = InstanceServer(name, f"{name}-inc", executor, CONFIG, TOKEN)
         await server.start()
         self.instances[name] = server
@@ -157,6 +177,39 @@ async def test_a_waiting_request_moves_without_kv(servers: Servers) -> None:
     assert len(await read(waiting)) == 30
     await read(first)
     await servers.idle()
+
+
+async def test_a_swapped_out_request_moves_from_the_host(servers: Servers) -> None:
+    tight = await servers.add("a", blocks=100, host_blocks=200)
+    await servers.add("b")
+    want = await expected(servers, prompt=60, tokens=200)
+    first = servers.submit("a", prompt=90, tokens=280, first=500)
+    await read(first, 1)
+    victim = servers.submit("a", prompt=60, tokens=200)
+    sequence = None
+    while sequence is None or not sequence.num_swapped:
+        await asyncio.sleep(0.001)
+        sequence = tight.engine.scheduler.sequences.get(victim.request_id)
+    kept = sequence.num_kept
+    places: list[BlockPool] = []
+    kv_of = tight.engine.kv_of
+
+    def told(moving: Sequence) -> KvPlace:
+        places.append(kv_of(moving).pool)
+        return kv_of(moving)
+
+    tight.engine.kv_of = told  # type: ignore[method-assign]
+    report = await servers.move(victim, "b")
+    assert (report.outcome, report.blocks) == ("moved", -(-kept // MODEL.block_size))
+    swap = tight.engine.scheduler.swap
+    assert swap is not None
+    assert places
+    assert all(pool is swap.host for pool in places)
+    assert await read(victim) == want
+    await read(first)
+    await servers.idle()
+    assert swap.host.num_free == swap.host.num_usable
+    assert swap.figures.back == 0
 
 
 async def test_reserve_is_refused_with_a_reason(servers: Servers) -> None:

@@ -97,7 +97,8 @@ async def test_kv_returns_bit_by_bit(start: Start) -> None:
     kv, host = executor.kv, executor.copier
     assert kv is not None
     assert host is not None
-    assert host.host is not None
+    host_kv = host.host
+    assert host_kv is not None
     gone: dict[int, bytes] = {}
     compared = 0
     copy_out, copy_in = host.copy_out, host.copy_in
@@ -106,7 +107,14 @@ async def test_kv_returns_bit_by_bit(start: Start) -> None:
         for run in runs:
             for at in range(run.count):
                 gone[run.host + at] = bytes(kv.read(run.device + at, 1))
-        copy_out(runs, done)
+
+        def compare(result: float | BaseException) -> None:
+            for run in runs:
+                for at in range(run.count):
+                    assert bytes(host_kv.read(run.host + at, 1)) == gone[run.host + at]
+            done(result)
+
+        copy_out(runs, compare)
 
     def back(runs: Sequence[CopyRun], done: CopyDone) -> None:
         def compare(result: float | BaseException) -> None:
