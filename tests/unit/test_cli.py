@@ -3,7 +3,10 @@
 import io
 import json
 import os
+import re
+import shlex
 import stat
+from pathlib import Path
 
 import httpx
 import pytest
@@ -320,3 +323,29 @@ def test_top_goes_on_while_the_cluster_does_not_answer() -> None:
     assert text.endswith("\x1b[?1049l")
     with pytest.raises(AwayError):
         top.watch(lambda: (_ for _ in ()).throw(AwayError("x")), "http://h", 0.0, 1, screen)
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def documents() -> list[Path]:
+    return [ROOT / "README.md", ROOT / "deploy/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_commands_in_the_documents_are_commands() -> None:
+    """Whole ones in blocks of shell, of which what is written in capitals is a value."""
+    parser = cli.build_parser()
+    listed = set(re.findall(r"^ {4}(\w+)\s", parser.format_help(), re.MULTILINE))
+    named, whole = set(), []
+    for document in documents():
+        text = document.read_text(encoding="utf-8")
+        named |= set(re.findall(r"`drover ([a-z]+)", text))
+        for block in re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            lines = [line.strip() for line in block.replace("\\\n", " ").splitlines()]
+            whole += [line for line in lines if re.match(r"(\.venv/bin/)?drover ", line)]
+    assert {"serve", *operating.COMMANDS} <= listed
+    assert named <= listed
+    assert whole
+    for line in whole:
+        words = shlex.split(line, comments=True)[1:]
+        assert parser.parse_args(words).command in listed
