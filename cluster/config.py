@@ -15,6 +15,7 @@ from cluster.dispatcher.core import DispatcherConfig
 from cluster.dispatcher.load import LoadConfig
 from cluster.dispatcher.placement import POLICIES
 from cluster.dispatcher.rebalance import RebalanceConfig
+from cluster.dispatcher.scaling import ScalingConfig, instance_name
 from cluster.flags import (
     ConfigError,
     identifier,
@@ -36,6 +37,7 @@ from instance.config import (
     SwapConfig,
     SwapMode,
 )
+from instance.load import Role
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -101,6 +103,14 @@ class GatewayConfig:
 
 MODEL_SETTINGS = "model and memory"
 """Heading of the flags that say what an instance is."""
+
+
+def role_count(text: str) -> tuple[str, int]:
+    """A role and a number of instances, as in ``prefill=2``."""
+    role, _, count = text.partition("=")
+    if role not in (Role.PREFILL, Role.DECODE):
+        raise ConfigError(f"{text!r} is not prefill=N or decode=N")
+    return role, integer(1, 1024)(count)
 
 
 def placement_policy(text: str) -> str:
@@ -241,6 +251,25 @@ class ServeConfig:
         "secret by which gateways and instances know each other (default: a random one)",
     )
     instances: int = setting(2, integer(1, 1024), "N", _CLUSTER, "model replicas")
+    roles: tuple[tuple[str, int], ...] = setting(
+        (),
+        role_count,
+        "ROLE=N",
+        _CLUSTER,
+        "first instances that only compute prompts (prefill=N) or only what follows (decode=N); "
+        "may be given several times; the others do both",
+        many=True,
+    )
+    min_instances: int = setting(
+        1, integer(1, 1024), "N", _CLUSTER, "with --max-instances: replicas at least"
+    )
+    max_instances: int = setting(
+        0,
+        integer(0, 1024),
+        "N",
+        _CLUSTER,
+        "replicas at most, started and stopped as the load asks for; 0: always --instances",
+    )
     address: str = setting(
         "",
         string,
@@ -330,8 +359,21 @@ class ServeConfig:
                 f"max-num-batched-tokens ({self.max_num_batched_tokens}) is less than "
                 f"max-num-seqs ({self.max_num_seqs}): a step could not serve its batch"
             )
+        if sum(count for _, count in self.roles) > self.instances:
+            raise ConfigError(f"roles are given to more than {self.instances} instances")
+        if self.max_instances and not (self.min_instances <= self.instances <= self.max_instances):
+            raise ConfigError(
+                f"instances ({self.instances}) is not between min-instances "
+                f"({self.min_instances}) and max-instances ({self.max_instances})"
+            )
         if self.kv_cache_memory_bytes < MIB and not self.num_gpu_blocks_override:
             raise ConfigError("kv-cache-memory-bytes is less than 1M")
+
+    @property
+    def instance_roles(self) -> tuple[tuple[str, Role], ...]:
+        """The roles by instance id, of those that have one."""
+        roles = [Role(role) for role, count in self.roles for _ in range(count)]
+        return tuple((instance_name(number), role) for number, role in enumerate(roles))
 
     @property
     def ref(self) -> ClusterRef:
@@ -382,6 +424,12 @@ class ServeConfig:
                 headroom_blocks=self.headroom_blocks,
             ),
             rebalance=RebalanceConfig(enabled=self.rebalance, interval=self.rebalance_interval),
+            scaling=ScalingConfig(
+                min_instances=self.min_instances,
+                max_instances=self.max_instances,
+                start_timeout=self.startup_timeout,
+            ),
+            roles=self.instance_roles,
         )
 
     def gateway(self, gateway_id: str, max_model_len: int) -> GatewayConfig:

@@ -177,7 +177,7 @@ SERIES = (
     Series("drover_placements_total", "counter", "dispatcher", ("kind",),
            "Answers to gateways: new, replayed, repeated (asked again) or held first."),
     Series("drover_refusals_total", "counter", "dispatcher", ("status",),
-           "Requests that the dispatcher refused, by HTTP status."),
+           "Requests that the dispatcher refused, by HTTP status, or abandoned by their gateway."),
     Series("drover_load_reports_total", "counter", "dispatcher", ("outcome",),
            "Load reports: accepted, stale or unknown."),
     Series("drover_membership_changes_total", "counter", "dispatcher", ("change",),
@@ -191,6 +191,9 @@ SERIES = (
            "request."),
     Series("drover_migrated_bytes_total", "counter", "dispatcher", ("reason",),
            "KV bytes sent by migrations that ended."),
+    Series("drover_scaling_total", "counter", "dispatcher", ("event",),
+           "Steps of scaling: an instance wanted, started or failed to start; leaving, kept "
+           "after all, or stopped."),
     Series("drover_policy_fallbacks_total", "counter", "dispatcher", ("reason",),
            "Placements that a policy of the user's did not make: raised, late, rests (it was "
            "late a moment ago) or nonsense."),

@@ -23,6 +23,10 @@ class Role(StrEnum):
     DECODE = "decode"
 
 
+_MEASURED_AFTER = 8
+"""Steps with prefill after which their cost is reported."""
+
+
 class Figure(NamedTuple):
     """A value of a declared series of ``/metrics``.
 
@@ -197,7 +201,6 @@ def build_report(
     step_seconds: float,
     draining: bool,
     figures: tuple[Figure, ...] = (),
-    prefill_seconds: float = 0.0,
     role: Role = Role.MIXED,
     prefix: PrefixDelta | None = None,
 ) -> LoadReport:
@@ -244,12 +247,17 @@ def build_report(
         migrations_in=migrations.num_in,
         draining=draining,
         figures=figures,
-        prefill_seconds=prefill_seconds,
+        prefill_seconds=_prefill_seconds(scheduler),
         preempted=sum(1 for sequence in scheduler.waiting if sequence.num_preemptions),
         role=role,
         service=_service(scheduler),
         prefix=prefix,
     )
+
+
+def _prefill_seconds(scheduler: Scheduler) -> float:
+    learner = scheduler.budget.learner
+    return learner.costs.prefill if learner.prefill_samples >= _MEASURED_AFTER else 0.0
 
 
 def _service(scheduler: Scheduler) -> ServiceReport | None:
@@ -258,4 +266,5 @@ def _service(scheduler: Scheduler) -> ServiceReport | None:
         return None
     config = scheduler.config
     step = service(config.max_num_batched_tokens, scheduler.max_num_seqs)
-    return counters.report(scheduler.priorities.theta, config.priority_interval * step)
+    # A reading is used for so many steps, while one step runs and the next one is planned.
+    return counters.report(scheduler.priorities.theta, (config.priority_interval + 2) * step)

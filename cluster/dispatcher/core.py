@@ -28,6 +28,7 @@ from cluster.dispatcher.events import (
     Reported,
     ResumeRequested,
     RoleRequested,
+    ScalingEnded,
     Served,
     SetDraining,
     SetRole,
@@ -40,16 +41,18 @@ from cluster.dispatcher.load import (
     InstanceState,
     LoadConfig,
     LoadView,
+    blocks_for,
 )
 from cluster.dispatcher.members import Members
 from cluster.dispatcher.messages import ClusterView, PlaceRequest
 from cluster.dispatcher.migrations import Migrations
-from cluster.dispatcher.overrides import DRAINING, POLICY, ROLE, TENANT, Overrides, key
+from cluster.dispatcher.overrides import DRAINING, LEAVING, POLICY, ROLE, TENANT, Overrides, key
 from cluster.dispatcher.persistence import info_to_json, infos_from_json
 from cluster.dispatcher.placement import POLICIES, NamedPolicy, Uniform
 from cluster.dispatcher.policies import Policies
 from cluster.dispatcher.rebalance import RebalanceConfig
 from cluster.dispatcher.requests import RequestConfig, Requests
+from cluster.dispatcher.scaling import Scaler, ScalingConfig
 from cluster.dispatcher.table import Candidates
 from cluster.dispatcher.tenants import TenantPolicy, policy_from_json, policy_to_json
 from instance.load import InstanceInfo, LoadReport, Role, SequenceLoad
@@ -73,6 +76,7 @@ class DispatcherConfig:
     requests: RequestConfig = field(default_factory=RequestConfig)
     load: LoadConfig = field(default_factory=LoadConfig)
     rebalance: RebalanceConfig = field(default_factory=RebalanceConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
 
 
 class _TenantOrder:
@@ -102,6 +106,7 @@ class Dispatcher:
         ledger: What tenants have received.
         placing: Requests asked for, held and placed.
         policies: Which placement and rebalancing are in force.
+        scaler: How many instances there should be.
         counters: Events by kind and reason, for metrics.
 
     Raises:
@@ -133,6 +138,7 @@ class Dispatcher:
             _TenantOrder(self.ledger),
         )
         known = {**POLICIES, **(policies or {})}
+        self.scaler = Scaler(config.scaling, self._count)
         self.policies = Policies(config.placement, known, self.migrations, rng, self._count)
         self._apply_policies()
 
@@ -179,6 +185,8 @@ class Dispatcher:
             case RoleRequested(instance_id, role):
                 self.overrides.set(key(ROLE, instance_id), role.value)
                 actions = self._set_role(instance_id, role)
+            case ScalingEnded(instance_id, outcome):
+                actions = self._scaling_ended(instance_id, outcome, now)
             case Tick():
                 actions = self._tick(now)
         actions.extend(self.placing.release(now))
@@ -290,7 +298,39 @@ class Dispatcher:
                 self._gone(name, load.info.incarnation, now)
         self.ledger.expire(now, lifetimes.forget_after)
         actions = self.placing.expire(now, lifetimes.charge_lifetime)
+        self._scale(now)
         return actions + self.migrations.tick(now)
+
+    # ---- scaling
+
+    def _scale(self, now: float) -> None:
+        if not (self.config.scaling.enabled or self.scaler.leaving or self.scaler.orders()):
+            return
+        loads = self.members.loads
+        views = self.members.views(now)
+        demand = 0
+        if self.config.scaling.enabled and views:
+            size = views[0].info.model.block_size
+            demand = sum(blocks_for(h.request.num_tokens, size) for h in self.placing.queues)
+        empty = {
+            name: not (loads[name].sequences or loads[name].charges or loads[name].moving)
+            for name in self.scaler.leaving
+            if name in loads
+        }
+        self.scaler.update(views, empty, demand, loads.__contains__, now)
+        for name, load in loads.items():
+            leaving = name in self.scaler.leaving
+            if load.leaving != leaving:
+                self.members.set_leaving(name, leaving)
+                self.overrides.set(key(LEAVING, name), leaving or None)
+
+    def _scaling_ended(self, instance_id: str, outcome: str, now: float) -> list[Action]:
+        self.scaler.ended(instance_id, outcome, now)
+        load = self.members.loads.get(instance_id)
+        if outcome != "stopped" or load is None:
+            return []
+        self.overrides.set(key(LEAVING, instance_id), None)
+        return self.handle(Left(instance_id, load.info.incarnation), now)
 
     # ---- what outlives the dispatcher
 
@@ -319,6 +359,8 @@ class Dispatcher:
             kind, _, rest = name.partition("/")
             if kind == DRAINING:
                 actions.extend(self._set_draining(rest, bool(self.overrides.get(name))))
+            elif kind == LEAVING and self.overrides.get(name):
+                self.scaler.leaving.add(rest)
             elif kind == POLICY:
                 with contextlib.suppress(ValueError):
                     self.policies.change({rest: self.overrides.get(name)})

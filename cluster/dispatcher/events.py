@@ -110,6 +110,18 @@ class Served:
 
 
 @dataclass(frozen=True, slots=True)
+class ScalingEnded:
+    """An order of ``Dispatcher.scaler`` was carried out, or could not be.
+
+    Attributes:
+        outcome: "started", "stopped", or why not.
+    """
+
+    instance_id: str
+    outcome: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
@@ -125,6 +137,7 @@ Event = (
     | DrainRequested
     | ResumeRequested
     | RoleRequested
+    | ScalingEnded
     | LedgerCopied
     | Served
     | Tick

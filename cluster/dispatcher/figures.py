@@ -20,6 +20,7 @@ COUNTERS = {
     "migrations_started": "drover_migrations_started_total",
     "migrations_ended": "drover_migrations_total",
     "migrated_bytes": "drover_migrated_bytes_total",
+    "scaling": "drover_scaling_total",
     "policy_fallbacks": "drover_policy_fallbacks_total",
 }
 """Series by kind of counter."""

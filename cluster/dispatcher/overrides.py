@@ -22,6 +22,9 @@ TENANT = "tenant"
 POLICY = "policy"
 """Key of a setting of the policies: ``policy/SETTING``."""
 
+LEAVING = "leaving"
+"""Key of an instance that is emptied to be stopped: ``leaving/INSTANCE``."""
+
 
 def key(kind: str, name: str) -> str:
     """The key of a setting that each ``name`` has its own of."""

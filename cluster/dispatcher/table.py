@@ -28,8 +28,9 @@ STATES = (
     InstanceState.DRAINING,
 )
 _GONE, _READY, _SUSPECT, _DRAINING = range(4)
-_ALIKE = 1.25
-"""Instances whose measured speeds differ by less than this factor count as equally fast."""
+_ALIKE, _MOST = 1.5, 8.0
+"""Factors of measured speed: those within the first count as equally fast, and none counts
+for more than the second, since measurements are noisy."""
 _STALE_WEIGHT = 0.5
 """What is left of a freeness whose report is about to make its instance suspect."""
 
@@ -177,6 +178,7 @@ class LoadTable:
             if known.any():
                 speed[known] = np.median(self.pace[known]) / self.pace[known]
                 speed[(speed < _ALIKE) & (speed > 1 / _ALIKE)] = 1.0
+                speed = speed.clip(1 / _MOST, _MOST)
             self._speed = speed
         return self._speed
 

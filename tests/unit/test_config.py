@@ -44,6 +44,8 @@ def test_every_flag_has_its_environment_twin() -> None:
         "preemption_mode": ("recompute", "recompute"),
         "swap_mode": ("sync", "sync"),
         "redis_url": ("redis://host", "redis://host"),
+        "roles": ("prefill=1,decode=1", (("prefill", 1), ("decode", 1))),
+        "max_instances": ("7", 7),
     }
     for field in dataclasses.fields(ServeConfig):
         if field.name in samples:
