@@ -184,6 +184,10 @@ class TokenBudget:
         self._skipped = 0
         self.learner.observe(StepShape.of(plan), seconds)
 
+    def beside(self, decodes: int) -> int:
+        """Prefill tokens that a step with so many decodes has, going by the last one."""
+        return max(0, min(self.prefill, self.max_tokens - decodes))
+
     def allow(
         self,
         decodes: int,

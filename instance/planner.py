@@ -217,7 +217,7 @@ class Planner:
         """
         promised, self._promised = self._promised, None
         if promised is not None and promised.status is _WAITING:
-            if not self._enter(draft, promised) and self._room_comes(promised):
+            if not self._enter(draft, promised, True) and self._room_comes(promised):
                 self._promised = promised
                 return
             preempted = preempted or promised.status is not _WAITING
@@ -236,20 +236,23 @@ class Planner:
             if not self._make_way(draft, sequence):
                 break
             preempted = True
-            if not self._enter(draft, sequence):
+            if not self._enter(draft, sequence, True):
                 self._promised = sequence
                 break
 
-    def _enter(self, draft: Draft, sequence: Sequence) -> bool:
+    def _enter(self, draft: Draft, sequence: Sequence, reserved: bool = False) -> bool:
         """Let a waiting sequence into the batch if there is room for it now.
 
         A swapped-out one may be fetched ahead of a place in the batch.
+
+        Args:
+            reserved: Others made way for it, so it enters even if it gets no row yet.
         """
         entering = len(self._running) + self.num_loading
         full = entering >= self._max_num_seqs or len(draft.rows) >= self._max_num_seqs
         if not full:
             self._bound(draft, 0)
-        ahead = full or draft.budget <= 0
+        ahead = full or (draft.budget <= 0 and not reserved)
         if ahead and not (sequence.num_swapped and entering <= self._max_num_seqs):
             return False
         newcomer = sequence.num_cached < 0
@@ -262,7 +265,8 @@ class Planner:
         if self._swap is not None and self._swap.load(sequence, newcomer, ahead):
             return True
         self._queues.run(sequence)
-        draft.put(sequence, min(sequence.num_tokens - sequence.num_computed, draft.budget))
+        if draft.budget > 0:
+            draft.put(sequence, min(sequence.num_tokens - sequence.num_computed, draft.budget))
         return True
 
     def _enter_loaded(self, draft: Draft, may_preempt: bool) -> None:
@@ -299,7 +303,7 @@ class Planner:
         return blocks, seats
 
     def _room_comes(self, sequence: Sequence) -> bool:
-        """It lacks nothing but the end of copies, or tokens of the budget."""
+        """It lacks nothing but the end of copies."""
         blocks, seats = self._lack(sequence)
         return blocks <= 0 and seats <= 0
 
@@ -317,12 +321,23 @@ class Planner:
         if sequence.num_in_flight:
             return False
         blocks, seats = self._lack(sequence)
-        return (blocks > 0 or seats > 0) and self._displace(draft, sequence, blocks, seats)
+        if blocks > 0 or seats > 0:
+            return self._displace(draft, sequence, blocks, seats)
+        # Decodes of a tenant far ahead may also take the tokens that it needs. One of a less
+        # urgent class does not leave for that: prefills end, and theirs pause.
+        return draft.budget <= 0 and self._displace(draft, sequence, 0, 1, only_fairness=True)
 
-    def _displace(self, draft: Draft, sequence: Sequence, blocks: int, seats: int) -> bool:
+    def _displace(
+        self,
+        draft: Draft,
+        sequence: Sequence,
+        blocks: int,
+        seats: int,
+        only_fairness: bool = False,
+    ) -> bool:
         if sequence is self._hopeless:
             return False
-        victims = self._choose(sequence, blocks, seats)
+        victims = self._choose(sequence, blocks, seats, only_fairness)
         if victims is None:
             self._hopeless = sequence
             return False
@@ -331,12 +346,19 @@ class Planner:
         return True
 
     def _choose(
-        self, sequence: Sequence, blocks: int, seats: int
+        self, sequence: Sequence, blocks: int, seats: int, only_fairness: bool = False
     ) -> list[tuple[Sequence, PreemptionReason]] | None:
         shared = self._tables.hits(sequence) if blocks > 0 else ()
         references = self._tables.pool.num_references
         return self._priorities.choose_victims(
-            sequence, self._running, blocks, seats, references, shared
+            sequence,
+            self._running,
+            blocks,
+            seats,
+            references,
+            self._budget.beside,
+            shared,
+            only_fairness,
         )
 
     def _grow(self, draft: Draft, sequence: Sequence, count: int) -> bool:

@@ -12,7 +12,7 @@ instance could have given in that time: preemption cannot thrash.
 from __future__ import annotations
 
 import enum
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from operator import attrgetter
@@ -119,13 +119,15 @@ class Priorities:
         blocks: int,
         seats: int,
         references: Callable[[int], int],
+        prefill: Callable[[int], int] = lambda _: 0,
         useless: Iterable[int] = (),
+        only_fairness: bool = False,
     ) -> list[tuple[Sequence, PreemptionReason]] | None:
         """Whom to preempt so that a waiting sequence can enter: no more than needed.
 
-        Those furthest behind in rank go first. A tenant that is ahead, but already has no
-        more decoding sequences by weight than the candidate's, loses none of them: the gap
-        between the two does not grow, and taking turns would only cost swaps.
+        Those furthest behind in rank go first. A tenant that is ahead, but whose decodes are
+        given no more service in a step, by weight, than the candidate's tenant is, loses none
+        of them: the gap between the two does not grow, and taking turns would cost swaps.
 
         Args:
             candidate: Waits.
@@ -134,27 +136,31 @@ class Priorities:
                 leaves needs one fewer to grow into.
             seats: Places in the batch that it lacks.
             references: How many holders a block has.
+            prefill: Tokens that a step computes for prefills beside so many decodes.
             useless: Blocks that the candidate shares: it gains nothing where they are freed.
+            only_fairness: Leave sequences of other classes alone.
 
         Returns:
             None where all it may preempt would not suffice.
         """
         chosen: list[tuple[Sequence, PreemptionReason]] = []
         room = _Room(blocks, seats, references, useless)
-        shares: Counter[Account] | None = None
+        rates: defaultdict[Account, float] | None = None
         own = candidate.account
         for victim in reversed(running):
             reason = self.entitled(candidate, victim)
             if reason is None:
                 return None  # nor may it preempt any that ranks before
+            if only_fairness and reason is not PreemptionReason.FAIRNESS:
+                continue
             if reason is PreemptionReason.FAIRNESS and not prefills(victim):
-                if shares is None:
-                    shares = Counter(s.account for s in running if not prefills(s))
+                if rates is None:
+                    rates = _service_rates(running, own, prefill)
                 theirs = victim.account
                 weight = self.counters.weight
-                if shares[theirs] * weight(own[0]) <= shares[own] * weight(theirs[0]):
+                if rates[theirs] * weight(own[0]) <= rates[own] * weight(theirs[0]):
                     continue
-                shares[theirs] -= 1
+                rates[theirs] -= service(0, 1)
             chosen.append((victim, reason))
             room.give(victim)
             if room.suffices:
@@ -178,6 +184,22 @@ class Priorities:
 def prefills(sequence: Sequence) -> bool:
     """More than one of its positions is still to be computed."""
     return sequence.num_tokens - sequence.num_computed > 1
+
+
+def _service_rates(
+    running: SequenceOf[Sequence], own: Account, prefill: Callable[[int], int]
+) -> defaultdict[Account, float]:
+    """Service in a step of each account's decodes, and of the prefills of ``own``."""
+    rates: defaultdict[Account, float] = defaultdict(float)
+    behind = decodes = 0
+    for sequence in running:
+        if not prefills(sequence):
+            rates[sequence.account] += service(0, 1)
+            decodes += 1
+        elif sequence.account == own:
+            behind += sequence.num_tokens - sequence.num_computed
+    rates[own] += service(min(behind, prefill(decodes)), 0)
+    return rates
 
 
 class _Room:
