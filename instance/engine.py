@@ -25,7 +25,7 @@ from instance.config import EngineConfig
 from instance.executor import Executor, KvPool, StepBatch, StepResult
 from instance.fairness import ServiceCounters
 from instance.kv.blocks import BlockPool
-from instance.kv.swap import CopyJob, HostSpace
+from instance.kv.copies import CopyJob, HostSpace
 from instance.request import FinishReason, Sequence, SequenceStatus, StepPlan
 from instance.scheduler import Emission, Scheduler
 
@@ -257,7 +257,7 @@ class Engine:
         swap, copier = self.scheduler.swap, self.executor.copier
         if swap is None or copier is None:
             return
-        for job in swap.take_begun():
+        for job in swap.copies.take_begun():
             done = functools.partial(self._copy_ended, job)
             try:
                 (copier.copy_out if job.outward else copier.copy_in)(job.runs, done)

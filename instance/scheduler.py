@@ -28,7 +28,8 @@ from instance.config import SchedulerConfig
 from instance.draft import Draft
 from instance.fairness import ServiceCounters, TenantCounters, charge_work
 from instance.kv.blocks import BlockPool, IntegrityError
-from instance.kv.swap import CopyJob, HostSpace, Swap
+from instance.kv.copies import CopyJob, HostSpace
+from instance.kv.swap import Swap
 from instance.kv.tables import BlockTables
 from instance.limits import Limits
 from instance.planner import Planner, PlannerFigures

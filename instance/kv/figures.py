@@ -87,6 +87,13 @@ class SwapFigures:
             self.bytes_in += blocks * block_bytes
             self.runs_in += len(lengths)
 
+    def ended(self, outward: bool, seconds: float) -> None:
+        """A copy took so long."""
+        if outward:
+            self.seconds_out += seconds
+        else:
+            self.seconds_in += seconds
+
     def returned(self, seconds: float) -> None:
         """A preempted sequence is in a step again, ``seconds`` later."""
         self.lost[bisect_left(LOST_BOUNDS, seconds)] += 1

@@ -16,16 +16,16 @@ copy reads, nor reads what it writes. The blocks of a victim are then given up b
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 
-from instance.config import PreemptionMode, SwapConfig, SwapMode
-from instance.executor import CopyRun
+from instance.config import PreemptionMode, SwapMode
 from instance.kv.blocks import BlockPool, IntegrityError
+from instance.kv.copies import Copies, CopyJob, HostSpace, copy_runs
 from instance.kv.cost import SwapCost, waiting_pays
 from instance.kv.figures import SwapFigures
 from instance.kv.runs import runs
+from instance.kv.saving import Saver
 from instance.kv.tables import BlockTables
 from instance.request import Sequence, SequenceStatus
 
@@ -35,70 +35,6 @@ _WAITING = SequenceStatus.WAITING
 
 # A choice of recompute tells nothing of how fast copies have become: one in so many is a try.
 _TRY_EVERY = 32
-# Copies that nobody waits for are made while they cost at most this share of computing their
-# content anew, in jobs of so many blocks; many are never asked for.
-_SAVE_COST = 0.1
-_SAVE_BLOCKS = 64
-_SAVE_SEQUENCES = 256
-# The next victim is copied ahead while less than this share of the pool is free.
-_AHEAD_BELOW = 8
-
-
-@dataclass(frozen=True, slots=True)
-class HostSpace:
-    """The host memory that an instance may swap to.
-
-    Attributes:
-        num_blocks: Blocks, a null block 0 included.
-        block_bytes: Bytes of each.
-        config: How it is used.
-    """
-
-    num_blocks: int
-    block_bytes: int
-    config: SwapConfig
-
-
-@dataclass(eq=False, slots=True)
-class CopyJob:
-    """Copies of blocks of one sequence, in one direction.
-
-    Attributes:
-        outward: To the host.
-        sequence: Whose blocks they are, or were.
-        first: Index of the first of them in the sequence.
-        device: Blocks on the device; pinned until the end.
-        host: Their counterparts.
-        held: Host blocks to which the job has references until its end.
-        num_tokens: Leading tokens whose KV is in place once it has ended.
-        saving: Nobody waits for it.
-        runs: What to copy: pieces that are contiguous on both sides.
-    """
-
-    outward: bool
-    sequence: Sequence
-    first: int
-    device: list[int]
-    host: list[int]
-    held: list[int]
-    num_tokens: int
-    saving: bool = False
-
-    @property
-    def runs(self) -> list[CopyRun]:
-        return copy_runs(self.device, self.host)
-
-
-def copy_runs(device: list[int], host: list[int]) -> list[CopyRun]:
-    """The pieces of a copy that are contiguous on both sides, in order."""
-    found: list[CopyRun] = []
-    done = 0
-    for first, count in runs(device):
-        for other, length in runs(host[done : done + count]):
-            found.append(CopyRun(first, other, length))
-            first += length
-        done += count
-    return found
 
 
 class Swap:
@@ -109,6 +45,7 @@ class Swap:
         space: Size and use of that pool.
 
     Attributes:
+        copies: Those under way, and those to be issued.
         cost: What copies and prefills take; fed by whoever runs them.
         figures: What was done so far.
         loaded: Sequences whose KV is back and that wait for a place in the batch.
@@ -117,21 +54,18 @@ class Swap:
     """
 
     def __init__(self, tables: BlockTables, space: HostSpace) -> None:
-        if tables.host is None:
-            raise ValueError("the block tables have no host pool")
+        self.copies = Copies(tables, space)
         self.tables = tables
-        self.pool: BlockPool = tables.pool
-        self.host: BlockPool = tables.host
+        self.pool: BlockPool = self.copies.pool
+        self.host: BlockPool = self.copies.host
+        self.cost: SwapCost = self.copies.cost
+        self.figures: SwapFigures = self.copies.figures
         self.config = space.config
-        self.cost = SwapCost(space.block_bytes, self.pool.block_size)
-        self.figures = SwapFigures(host_blocks=self.host.num_usable)
         self.loaded: list[Sequence] = []
         self.lost: list[Sequence] = []
         self._leaving: list[tuple[Sequence, int]] = []
-        self._under_way: set[CopyJob] = set()
-        self._jobs: dict[Sequence, CopyJob] = {}  # those of them that a sequence waits for
-        self._begun: list[CopyJob] = []
-        self._finished: deque[Sequence] = deque(maxlen=_SAVE_SEQUENCES)
+        self._awaited: dict[Sequence, CopyJob] = {}
+        self._saver = Saver(self.copies) if space.config.save and self.copies.listed else None
         self._recomputed = 0
 
     # ---- figures
@@ -139,16 +73,16 @@ class Swap:
     @property
     def num_loading(self) -> int:
         """Sequences on their way into the batch."""
-        return len(self.loaded) + sum(1 for job in self._jobs.values() if not job.outward)
+        return len(self.loaded) + sum(1 for job in self._awaited.values() if not job.outward)
 
     @property
     def awaited(self) -> bool:
         """A sequence waits for a copy."""
-        return bool(self._jobs)
+        return bool(self._awaited)
 
     def busy(self, sequence: Sequence) -> bool:
         """A copy of its KV is on its way, or about to be."""
-        return sequence in self._jobs or any(one is sequence for one, _ in self._leaving)
+        return sequence in self._awaited or any(one is sequence for one, _ in self._leaving)
 
     def leaves(self, sequence: Sequence) -> bool:
         """It was preempted, and the copy of its KV starts at the next boundary."""
@@ -161,12 +95,12 @@ class Swap:
 
     def num_coming(self) -> int:
         """Blocks of the device that nobody will hold once the copies under way have ended."""
-        refs = self.pool.num_references
-        draining = sum(
-            1 for job in self._under_way if job.outward for block in job.device if not refs(block)
-        )
-        return draining + sum(
-            1 for sequence, _ in self._leaving for block in sequence.block_table if refs(block) == 1
+        references = self.pool.num_references
+        return self.copies.num_coming() + sum(
+            1
+            for sequence, _ in self._leaving
+            for block in sequence.block_table
+            if references(block) == 1
         )
 
     def snapshot(self) -> SwapFigures:
@@ -212,7 +146,7 @@ class Swap:
         return True
 
     def begin(self, likely: Sequence | None) -> None:
-        """Start what can start while no step is launched; ``take_begun`` has the jobs.
+        """Start what can start while no step is launched; ``copies`` has the jobs.
 
         Args:
             likely: The running sequence that would be the next victim.
@@ -235,19 +169,14 @@ class Swap:
                 host[:],
                 tokens,
             )
-            self.host.acquire(job.held)
             self._start(job)
             self.tables.release_device(sequence)
             self.figures.out += 1
             self.figures.kept_blocks += first
             if not job.device:
                 self.end(job, 0.0)
-        self._save(likely)
-
-    def take_begun(self) -> list[CopyJob]:
-        """The jobs begun since the last call, to be issued before the next step."""
-        begun, self._begun = self._begun, []
-        return begun
+        if self._saver is not None:
+            self._saver.save(likely)
 
     # ---- in
 
@@ -276,9 +205,7 @@ class Swap:
         if not self._prefer_copy(action, seconds, first * size, tokens):
             return self._enter(sequence, ahead)
         sequence.status = _LOADING
-        job = CopyJob(False, sequence, first, device, host, host, tokens)
-        self.host.acquire(host)
-        self._start(job)
+        self._start(CopyJob(False, sequence, first, device, host, host, tokens))
         if newcomer:
             sequence.num_cached = min(tokens, sequence.num_prompt)
         self.figures.back += 1
@@ -299,30 +226,17 @@ class Swap:
         Returns:
             The sequence that could not be fetched and must wait again, without KV; or None.
         """
-        failed = isinstance(result, BaseException)
-        if isinstance(result, BaseException):
-            self.figures.failed += 1
-        elif job.device:
-            self.cost.observe_copy(job.outward, len(job.runs), len(job.device), result)
-            if job.outward:
-                self.figures.seconds_out += result
-            else:
-                self.figures.seconds_in += result
-        self._under_way.remove(job)
-        self.pool.unpin(job.device)
-        if job.outward and not failed:
-            self._seal(job)
-        self.host.release(job.held)
+        ended_well = self.copies.end(job, result)
         sequence = job.sequence
-        if self._jobs.get(sequence) is not job:
+        if self._awaited.get(sequence) is not job:
             return None
-        del self._jobs[sequence]
+        del self._awaited[sequence]
         if job.outward:
-            if failed:
-                self.tables.release(sequence)
-            else:
+            if ended_well:
                 sequence.num_swapped = job.num_tokens
-        elif failed:
+            else:
+                self.tables.release(sequence)
+        elif not ended_well:
             sequence.status = _WAITING
             self.tables.release(sequence)
             self.lost.append(sequence)
@@ -336,15 +250,15 @@ class Swap:
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence ends or is taken away; copies under way are of no use to it."""
-        self._jobs.pop(sequence, None)
+        self._awaited.pop(sequence, None)
         self._leaving = [entry for entry in self._leaving if entry[0] is not sequence]
         if sequence in self.loaded:
             self.loaded.remove(sequence)
 
     def note_finished(self, sequence: Sequence) -> None:
         """A sequence has all its tokens; another turn of its conversation may follow."""
-        if self.config.save and self._lists and sequence.sealed:
-            self._finished.append(sequence)
+        if self._saver is not None:
+            self._saver.note_finished(sequence)
 
     def must_wait(self, step: float, runnable: int, blocked: int, elapsed: float) -> bool:
         """Whether the next step should be held back until a copy has ended.
@@ -356,17 +270,12 @@ class Swap:
             elapsed: Seconds since the copies were issued.
         """
         mode = self.config.mode
-        if mode is SwapMode.ASYNC or not self._jobs:
+        if mode is SwapMode.ASYNC or not self._awaited:
             return False
         if mode is SwapMode.SYNC:
             return True
-        coming = sum(1 for job in self._jobs.values() if not job.outward)
-        each_way = [0.0, 0.0]
-        for job in self._under_way:
-            each_way[job.outward] += self.cost.copy_seconds(
-                job.outward, len(job.runs), len(job.device)
-            )
-        left = max(each_way)
+        coming = sum(1 for job in self._awaited.values() if not job.outward)
+        left = self.copies.seconds_left()
         if elapsed > 2 * left:
             return False  # the prediction does not hold
         pays = waiting_pays(max(0.0, left - elapsed), step, runnable, blocked + coming)
@@ -382,12 +291,12 @@ class Swap:
         Raises:
             IntegrityError: With what is wrong.
         """
-        refs: Counter[int] = Counter(block for job in self._under_way for block in job.held)
+        references: Counter[int] = Counter()
         size = self.pool.block_size
         for sequence in live:
             name, status = sequence.request_id, sequence.status
-            refs.update(sequence.host_table)
-            job = self._jobs.get(sequence)
+            references.update(sequence.host_table)
+            job = self._awaited.get(sequence)
             if (status is _LOADING) != (
                 sequence in self.loaded or (job is not None and not job.outward)
             ):
@@ -401,34 +310,19 @@ class Swap:
                 raise IntegrityError(f"{name} is {status}: its host copies do not add up")
             if status is _RUNNING and len(sequence.host_table) * size > sequence.num_written:
                 raise IntegrityError(f"{name} counts on a copy of a block it still writes")
-        self.host.check_integrity(refs)
-        if not self._under_way.issuperset(self._jobs.values()):
+        if not all(job in self.copies for job in self._awaited.values()):
             raise IntegrityError("a sequence waits for a copy that is not under way")
-        for job in self._under_way:
-            for block in job.device:
-                if self.pool.state(block) in ("free", "cached"):
-                    raise IntegrityError(f"block {block} is in a copy, but it is not pinned")
+        self.copies.check_integrity(references)
 
     # ---- inside
 
-    @property
-    def _lists(self) -> bool:
-        """Copies are found by content."""
-        return self.config.reuse and self.tables.prefix_caching
-
     def _start(self, job: CopyJob) -> None:
-        self.pool.pin(job.device)
-        self._under_way.add(job)
-        if not job.saving:
-            self._jobs[job.sequence] = job
-        if job.device:
-            self._begun.append(job)
-            lengths = [run.count for run in job.runs]
-            self.figures.issued(job.outward, lengths, self.cost.block_bytes)
+        self.copies.start(job)
+        self._awaited[job.sequence] = job
 
     def _find_copies(self, sequence: Sequence, most: int) -> None:
         """Count on the copies of leading full blocks, ``most`` at most, that others left."""
-        if not self._lists:
+        if not self.copies.listed:
             return
         self.tables.hash(sequence)
         found = self.host.match(sequence.tokens, sequence.block_hashes[:most])
@@ -453,20 +347,6 @@ class Swap:
         sequence.num_swapped = 0
         table, sequence.host_table = sequence.host_table, sequence.host_table[:keep]
         self.host.release(table[keep:])
-
-    def _seal(self, job: CopyJob) -> None:
-        """List the full blocks that were copied."""
-        if not self._lists:
-            return
-        sequence, size = job.sequence, self.pool.block_size
-        self.tables.hash(sequence)
-        for index in range(job.first, job.num_tokens // size):
-            self.host.seal(
-                job.held[index],
-                job.held[index - 1] if index else None,
-                sequence.block_hashes[index],
-                tuple(sequence.tokens[index * size : (index + 1) * size]),
-            )
 
     def _prefer_copy(self, action: str, seconds: float, start: int, end: int) -> bool:
         """Choose between a copy that takes ``seconds`` and computing [start, end) anew."""
@@ -524,50 +404,3 @@ class Swap:
                 self.lost.append(one)
             self.tables.release_host(one)
         return wanted <= self.host.num_free
-
-    def _save(self, likely: Sequence | None) -> None:
-        """Make a copy that nobody waits for yet, while the copier is idle.
-
-        When memory is short, of what the likely victim has written so far: if it is
-        preempted, its blocks but the last are free at once. Else of what the oldest finished
-        sequence left, before it is displaced, for the next turn of its conversation. A
-        sequence is copied once in any case.
-        """
-        if self._under_way or not (self.config.save and self._lists):
-            return
-        pool = self.pool
-        if (
-            likely is not None
-            and pool.num_free * _AHEAD_BELOW < pool.num_usable
-            and self._save_blocks(likely, likely.block_table[: likely.sealed])
-        ):
-            return
-        while self._finished:
-            sequence = self._finished[0]
-            self.tables.hash(sequence)
-            if self._save_blocks(sequence, pool.match(sequence.tokens, sequence.block_hashes)):
-                return
-            self._finished.popleft()
-
-    def _save_blocks(self, sequence: Sequence, here: list[int]) -> bool:
-        """Copy some of a sequence's leading sealed blocks that the host lacks; false if it
-        lacks none, or a copy does not pay."""
-        size = self.pool.block_size
-        there = self.host.match(sequence.tokens, sequence.block_hashes[: len(here)])
-        room = self.host.num_free - self.host.num_idle(there)
-        most = max(0, min(_SAVE_BLOCKS, self.pool.num_usable // 4, room))
-        first = len(there)
-        device = here[first : first + most]
-        last = first + len(device)
-        seconds = self.cost.copy_seconds(True, len(runs(device)), len(device))
-        worth = _SAVE_COST * self.cost.prefill_seconds(first * size, last * size)
-        if not device or seconds > worth:
-            return False
-        self.host.acquire(there)
-        fresh = self.host.allocate(len(device), after=there[-1] if there else None)
-        if fresh is None:
-            raise IntegrityError(f"{room} host blocks are free, but not {len(device)}")
-        held = there + fresh
-        self._start(CopyJob(True, sequence, first, device, fresh, held, last * size, saving=True))
-        self.figures.saved_blocks += len(device)
-        return True

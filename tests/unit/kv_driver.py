@@ -13,7 +13,7 @@ from collections.abc import Callable
 from instance.config import SchedulerConfig
 from instance.executor import StepBatch
 from instance.kv.blocks import BlockPool, runs
-from instance.kv.swap import HostSpace
+from instance.kv.copies import HostSpace
 from instance.request import (
     FinishReason,
     Request,

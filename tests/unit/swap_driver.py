@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from instance.config import SwapConfig
 from instance.kv.blocks import BlockState
-from instance.kv.swap import CopyJob, HostSpace, Swap
+from instance.kv.copies import CopyJob, HostSpace
+from instance.kv.swap import Swap
 from instance.request import Sequence
 from instance.scheduler import Emission
 from tests.unit.kv_driver import GARBAGE, Driver
@@ -70,7 +71,7 @@ class SwapDriver(Driver):
     def before_launch(self) -> None:
         """Issue the copies that were begun."""
         assert self.launched is None, "a copy is issued while a step runs"
-        for job in self.swap.take_begun():
+        for job in self.swap.copies.take_begun():
             self.jobs.append(job)
             assert len(job.device) == len(job.host) > 0
             runs = job.runs

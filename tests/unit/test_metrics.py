@@ -26,7 +26,7 @@ from cluster.gateway.metrics import GatewayMetrics, RequestTimer
 from cluster.metrics import CATALOGUE, INSTANCE, SERIES, Series
 from instance.config import SchedulerConfig, SwapConfig
 from instance.kv.blocks import BlockPool
-from instance.kv.swap import HostSpace
+from instance.kv.copies import HostSpace
 from instance.load import Figure
 from instance.request import RequestClass
 from instance.scheduler import Scheduler
