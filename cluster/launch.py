@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import secrets
 import signal
 import threading
@@ -17,20 +16,18 @@ from typing import Any
 
 from cluster.config import ClusterRef, GatewayConfig, ServeConfig
 from cluster.dispatcher.core import DispatcherConfig
+from cluster.fleet import ACTOR_CPUS, Fleet, environment
 from cluster.local import write_state
 from cluster.ray_setup import (
     LaunchError,
     check_port,
     free_port,
-    node_address,
+    gist,
     prepare_ray,
     short_temp_dir,
     shut_down_ray,
 )
-from cluster.reporter import DispatcherReporter
-from instance.config import EngineConfig
-from instance.leases import LedgerUpdate
-from instance.load import InstanceInfo, MigrationReport, Role
+from instance.load import InstanceInfo
 
 # Ray is imported within functions: it reads its environment when it is imported, so
 # `prepare_ray` must come first.
@@ -39,8 +36,6 @@ logger = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 100_000_000
 """Nothing large passes through Ray's object store; by default it takes 30% of memory."""
-ACTOR_CPUS = 0.01
-"""Ray's CPU share of an actor: keeps actors off nodes that declare none, reserves little."""
 CALL_TIMEOUT = 60.0
 OBSERVE_INTERVAL = 2.0
 
@@ -62,55 +57,6 @@ class Running:
     admin_key: str
     instances: tuple[InstanceInfo, ...]
     seconds: float
-
-
-class InstanceProcess:
-    """``instance.actor.InstanceActor``, imported only in its own process.
-
-    The launcher would otherwise load the whole model stack to name the class.
-    """
-
-    def __init__(
-        self,
-        instance_id: str,
-        config: EngineConfig,
-        token: str,
-        host: str | Callable[[], str],
-        reporter: DispatcherReporter,
-    ) -> None:
-        from instance.actor import InstanceActor
-
-        self._actor = InstanceActor(instance_id, config, token, host, reporter)
-
-    def start(self) -> InstanceInfo:
-        return self._actor.start()
-
-    def progress(self) -> str:
-        return self._actor.progress()
-
-    def migrate(self, request_id: str, destination: InstanceInfo, reason: str) -> MigrationReport:
-        return self._actor.migrate(request_id, destination, reason)
-
-    def drain(self, on: bool) -> None:
-        self._actor.drain(on)
-
-    def set_role(self, role: Role) -> None:
-        self._actor.set_role(role)
-
-    def tell_prefixes(self) -> None:
-        self._actor.tell_prefixes()
-
-    def take_ledger(self, incarnation: str, update: LedgerUpdate) -> None:
-        self._actor.take_ledger(incarnation, update)
-
-    def copy_ledger(self) -> tuple[str, LedgerUpdate]:
-        return self._actor.copy_ledger()
-
-    def check(self) -> dict[str, Any]:
-        return self._actor.check()
-
-    def stop(self) -> None:
-        self._actor.stop()
 
 
 class GatewayProcess:
@@ -171,7 +117,7 @@ class Cluster:
         self._temp_dir: str | None = None
         self._prepared = False
         self._dispatcher: Any = None
-        self._instances: dict[str, Any] = {}
+        self._fleet = Fleet(self.config, say)
         self._gateways: dict[str, Any] = {}
         self._state_file: Path | None = None
         self._seen: dict[str, str] = {}
@@ -189,14 +135,14 @@ class Cluster:
             check_port(self.config.host, self.config.port)
             self._start_ray()
             self._start_dispatcher()
-            infos = self._start_instances()
+            infos = self._fleet.start()
             urls = self._start_gateways(min(info.model.max_model_len for info in infos))
             self._await_members(infos)
         except BaseException as error:
             self.stop(graceful=False)
             if isinstance(error, LaunchError | KeyboardInterrupt | SystemExit):
                 raise
-            raise LaunchError(_gist(error)) from error
+            raise LaunchError(gist(error)) from error
         self.running = Running(
             url=urls[0],
             model=self.config.served_model_name or self.config.model,
@@ -264,82 +210,6 @@ class Cluster:
             time.sleep(0.1)
         raise LaunchError("an abandoned dispatcher does not stop")
 
-    def _start_instances(self) -> list[InstanceInfo]:
-        import ray
-
-        config = self.config
-        device = config.device
-        if device == "auto":
-            gpus = ray.cluster_resources().get("GPU", 0)
-            device = "cuda" if gpus >= config.instances else "cpu"
-        host: str | Callable[[], str] = config.instance_host or "127.0.0.1"
-        if config.address and not config.instance_host:
-            host = node_address
-        remote = ray.remote(InstanceProcess)
-        self._say(
-            f"Starting {config.instances} instance{'s' * (config.instances > 1)} of "
-            f"{config.model} on {device}"
-        )
-        for number in range(config.instances):
-            instance_id = f"instance-{number}"
-            self._instances[instance_id] = remote.options(
-                name=self.ref.actor_name(instance_id),
-                namespace=self.ref.namespace,
-                max_restarts=-1,
-                max_concurrency=16,
-                num_cpus=ACTOR_CPUS,
-                num_gpus=1 if device == "cuda" else 0,
-                scheduling_strategy="SPREAD",
-                runtime_env=self._environment(),
-            ).remote(
-                instance_id,
-                config.engine(device),
-                config.cluster_token,
-                host,
-                DispatcherReporter(self.ref),
-            )
-        return self._await_instances()
-
-    def _environment(self) -> dict[str, Any] | None:
-        """What workers on other nodes do not inherit from this process."""
-        if not self.config.address:
-            return None
-        passed = ("HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")
-        names = (*passed, "TOKENIZERS_PARALLELISM")
-        return {"env_vars": {name: os.environ[name] for name in names if name in os.environ}}
-
-    def _await_instances(self) -> list[InstanceInfo]:
-        import ray
-
-        starting = {handle.start.remote(): name for name, handle in self._instances.items()}
-        asked: dict[Any, str] = {}
-        shown: dict[str, str] = {}
-        infos: dict[str, InstanceInfo] = {}
-        deadline = time.monotonic() + self.config.startup_timeout
-        while starting:
-            if time.monotonic() > deadline:
-                late = ", ".join(sorted(starting.values()))
-                raise LaunchError(f"{late}: not ready within {self.config.startup_timeout:g} s")
-            done, _ = ray.wait(list(starting), num_returns=1, timeout=0.5)
-            for reference in done:
-                name = starting.pop(reference)
-                try:
-                    infos[name] = ray.get(reference)
-                except Exception as error:
-                    raise LaunchError(f"{name} did not start: {_gist(error)}") from error
-                self._say(f"{name}: ready, {infos[name].total_blocks} KV blocks")
-            ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0)
-            for reference in ready:
-                name = asked.pop(reference)
-                with contextlib.suppress(Exception):
-                    stage = ray.get(reference)
-                    if stage != shown.get(name) and name in starting.values():
-                        shown[name] = stage
-                        self._say(f"{name}: {stage}")
-            for name in set(starting.values()) - set(asked.values()):
-                asked[self._instances[name].progress.remote()] = name
-        return [infos[name] for name in self._instances]
-
     def _start_gateways(self, max_model_len: int) -> list[str]:
         import ray
 
@@ -361,14 +231,14 @@ class Cluster:
                 max_concurrency=16,
                 num_cpus=0 if here != "SPREAD" else ACTOR_CPUS,
                 scheduling_strategy=here,
-                runtime_env=self._environment(),
+                runtime_env=environment(self.config),
             ).remote(gateway_id, self.config.gateway(gateway_id, max_model_len), self.ref)
         urls = []
         for name, handle in self._gateways.items():
             try:
                 urls.append(str(ray.get(handle.start.remote(), timeout=2 * CALL_TIMEOUT)))
             except Exception as error:
-                raise LaunchError(f"{name} did not start: {_gist(error)}") from error
+                raise LaunchError(f"{name} did not start: {gist(error)}") from error
             self._say(f"{name}: listening on {urls[-1]}")
         return urls
 
@@ -386,20 +256,35 @@ class Cluster:
         raise LaunchError("the instances do not reach the dispatcher")
 
     def observe(self) -> None:
-        """Say which instances went or came back since the last call."""
+        """Say which instances went or came back since the last call, and follow the load."""
         import ray
 
         with contextlib.suppress(Exception):
             # While the dispatcher is away nothing is known; it says so when it is back.
             status = ray.get(self._dispatcher.status.remote(0), timeout=1.0)
             found = {one["instance_id"]: one["incarnation"] for one in status["instances"]}
-            for name in self._instances:
+            for name in self._fleet.handles:
                 before, now = self._seen.get(name), found.get(name)
                 if now is None and before is not None:
                     self._say(f"{name}: gone; its requests go on elsewhere")
                 elif now is not None and now != before:
                     self._say(f"{name}: {'back' if before is None else 'restarted'}")
             self._seen = found
+        if self.config.max_instances:
+            self._scale()
+
+    def _scale(self) -> None:
+        """Start and stop instances as the dispatcher orders."""
+        import ray
+
+        with contextlib.suppress(Exception):
+            orders = ray.get(self._dispatcher.scaling_orders.remote(), timeout=1.0)
+            ended = self._fleet.follow(orders)
+            calls = [
+                self._dispatcher.scaling_ended.remote(name, outcome)
+                for name, outcome in ended.items()
+            ]
+            ray.get(calls, timeout=CALL_TIMEOUT)
 
     # ---- stop
 
@@ -423,7 +308,7 @@ class Cluster:
 
         for members, patience in (
             (self._gateways, self.config.drain_grace + 5.0),
-            (self._instances, 5.0),
+            (self._fleet.handles, 5.0),
         ):
             ending = [handle.stop.remote() for handle in members.values()]
             if ending:
@@ -437,12 +322,13 @@ class Cluster:
         import ray
 
         if ray.is_initialized():
-            members = [*self._gateways.values(), *self._instances.values(), self._dispatcher]
+            members = [*self._gateways.values(), *self._fleet.handles.values(), self._dispatcher]
             for handle in filter(None, members):
                 with contextlib.suppress(Exception):
                     ray.kill(handle, no_restart=True)
         shut_down_ray(self._temp_dir)
-        self._gateways, self._instances, self._dispatcher = {}, {}, None
+        self._fleet.handles.clear()
+        self._gateways, self._dispatcher = {}, None
         self._temp_dir = None
 
 
@@ -496,9 +382,3 @@ def _signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
     finally:
         for number, old in before.items():
             signal.signal(number, old)
-
-
-def _gist(error: BaseException) -> str:
-    """The last line of an error; Ray's carry whole tracebacks."""
-    cause = getattr(error, "cause", None) or error
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[-1]

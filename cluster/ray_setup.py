@@ -123,3 +123,9 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise LaunchError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+
+
+def gist(error: BaseException) -> str:
+    """The last line of an error; Ray's carry whole tracebacks."""
+    cause = getattr(error, "cause", None) or error
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[-1]

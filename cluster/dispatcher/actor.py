@@ -36,6 +36,7 @@ from cluster.dispatcher.events import (
     Refuse,
     RejectMigration,
     Reported,
+    ScalingEnded,
     SendLedger,
     Served,
     SetDraining,
@@ -210,6 +211,17 @@ class DispatcherActor(OperatorCalls):
         self._audit.restore(state.get("audit"))
         self._load_policy(state)
         self._do(self._core.restore_state(state, time.monotonic()))
+
+    # ---- whoever runs the instances
+
+    async def scaling_orders(self) -> dict[str, str]:
+        """Instances to "start" and to "stop", by instance id."""
+        self._start_tasks()
+        return self._core.scaler.orders()
+
+    async def scaling_ended(self, instance_id: str, outcome: str) -> None:
+        """An order was carried out ("started", "stopped"), or why it was not."""
+        self._handle(ScalingEnded(instance_id, outcome))
 
     def _load_policy(self, state: Mapping[str, Any]) -> None:
         """Load the file of the placement policy that an earlier dispatcher was given."""
