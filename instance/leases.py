@@ -158,6 +158,11 @@ class LeasedCounters:
             if not moved:
                 self._last_waited[account[1]] = account
 
+    def charged(self, account: Account) -> float:
+        """Service charged here since the start."""
+        entry = self._entries.get(account)
+        return 0.0 if entry is None else entry.charged
+
     # ---- the ledger's side
 
     @property

@@ -61,6 +61,10 @@ class AccountBook:
     idle_since: float = 0.0
 
 
+_PEAK_MEMORY = 30.0
+"""Seconds over which a larger theta of the past is forgotten."""
+
+
 @dataclass(slots=True)
 class _Given:
     """Service that one source gave.
@@ -73,6 +77,8 @@ class _Given:
         known: Version of the ledger that it last said to have.
         ready: The counters it works with are in the ledger, so it may be sent another.
         ended: When it was found gone; None while it lives.
+        peak: The largest theta of late: a gap that it allowed is evened out in time only.
+        seen: When ``peak`` was taken.
     """
 
     applied: dict[Account, float] = field(default_factory=dict)
@@ -84,6 +90,14 @@ class _Given:
     known: int = 0
     ready: bool = False
     ended: float | None = None
+    peak: float = 0.0
+    seen: float = 0.0
+
+    def see(self, theta: float, increment: float, now: float) -> None:
+        """Take over what the newest report says."""
+        self.theta, self.increment = theta, increment
+        past = self.peak * math.exp((self.seen - now) / _PEAK_MEMORY)
+        self.peak, self.seen = max(theta, past), now
 
 
 class FairnessLedger:
@@ -205,7 +219,7 @@ class FairnessLedger:
         self.system += max(0, report.system - given.system)
         given.system = max(given.system, report.system)
         given.known = max(given.known, report.ledger)
-        given.theta, given.increment = report.theta, report.increment
+        given.see(report.theta, report.increment, now)
         if not given.ready and not 0 < report.ledger < self._first:
             given.ready = True
         if not given.ready:
@@ -322,7 +336,7 @@ class FairnessLedger:
         weights = [self.policy(tenant).weight for tenant, _ in self.waiting(request_class)]
         least = min(weights, default=1.0)
         steps = [given.increment / least for given in live]
-        theta = max((given.theta for given in live), default=0.0)
+        theta = max((given.peak for given in live), default=0.0)
         most = max(steps, default=0.0)
         hidden = (len(live) - 1) * self.lease() + sum(steps) - most if len(live) > 1 else 0.0
         run_ahead = (self.lease() if live else 0.0) + most
@@ -337,6 +351,11 @@ class FairnessLedger:
     def knows(self, source: Source) -> bool:
         """Whether the source has reported and is not forgotten."""
         return source in self._given
+
+    def applied(self, source: Source, account: Account) -> float:
+        """Service that a source charged to an account, as far as the counter contains it."""
+        given = self._given.get(source)
+        return 0.0 if given is None else given.applied.get(account, 0.0)
 
     def theta(self, source: Source) -> float:
         """The theta that a source reported last; infinite before its first report."""
