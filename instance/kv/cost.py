@@ -103,7 +103,8 @@ class SwapCost:
 
     def observe_copy(self, outward: bool, runs: int, blocks: int, seconds: float) -> None:
         """A job of so many runs and blocks took so long, without the wait for its turn."""
-        self._copies(outward).observe(self._copy_features(runs, blocks), seconds)
+        fit = self._out if outward else self._in
+        fit.observe(self._copy_features(runs, blocks), seconds)
 
     def observe_step(self, rows: Sequence[Row], seconds: float) -> None:
         """A step with these rows kept the device busy for so long."""
@@ -145,11 +146,18 @@ class SwapCost:
     @property
     def copy_rates(self) -> tuple[float, float]:
         """Bytes per second out and in, without the launches; infinite if not measurable."""
-        out, inward = (float(fit.costs[1]) for fit in (self._out, self._in))
+        out, inward = (float(self._copies(outward).costs[1]) for outward in (True, False))
         return (MIB / out if out else np.inf, MIB / inward if inward else np.inf)
 
+    @property
+    def knows_copies(self) -> bool:
+        """Some copy was measured."""
+        return bool(self._out.count or self._in.count)
+
     def _copies(self, outward: bool) -> Fit:
-        return self._out if outward else self._in
+        """What predicts copies this way: until one was measured, those the other way."""
+        own, other = (self._out, self._in) if outward else (self._in, self._out)
+        return own if own.count or not other.count else other
 
     def _copy_features(self, runs: int, blocks: int) -> tuple[float, float]:
         return runs, blocks * self.block_bytes / MIB

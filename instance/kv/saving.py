@@ -75,7 +75,8 @@ class Saver:
         last = first + len(device)
         seconds = copies.cost.copy_seconds(True, len(runs(device)), len(device))
         worth = _MOST_COST * copies.cost.prefill_seconds(first * size, last * size)
-        if not device or seconds > worth:
+        # The first copy is made in any case: nothing is known before.
+        if not device or (seconds > worth and copies.cost.knows_copies):
             return False
         host.acquire(there)
         fresh = host.allocate(len(device), after=there[-1] if there else None)

@@ -355,6 +355,8 @@ class Swap:
             choice = action, "configured"
         elif mode is PreemptionMode.RECOMPUTE and action == "swap":
             choice = "recompute", "configured"
+        elif not self.cost.knows_copies:
+            choice = action, "tried"
         elif seconds <= self.cost.prefill_seconds(start, end):
             choice = action, "cheaper"
         else:
