@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from cluster import operating
+from cluster import calibrating, operating
 from cluster.admin_client import CommandError
 from cluster.config import ServeConfig
 from cluster.flags import ConfigError, add_arguments, flags_of, load_settings, suggest
@@ -61,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     serving = command("serve", "start a cluster and serve until interrupted", SERVE_EXAMPLES)
     add_arguments(serving, ServeConfig)
     operating.add_commands(command)
+    calibrating.add_commands(command)
     return parser
 
 
@@ -92,6 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 serve(load_settings(ServeConfig, vars(given)), _say, _welcome)
             case name if name in operating.COMMANDS:
                 operating.run(given)
+            case name if name in calibrating.COMMANDS:
+                calibrating.run(given)
     except ConfigError as error:
         return _fail(str(error), USAGE)
     except (LaunchError, CommandError) as error:

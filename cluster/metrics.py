@@ -157,6 +157,8 @@ SERIES = (
            "Blocks of sequences that left which had a valid copy already."),
     Series("drover_swap_hit_blocks_total", "counter", "instance", INSTANCE,
            "Blocks read back from copies that other sequences or turns had left."),
+    Series("drover_swap_saved_blocks_total", "counter", "instance", INSTANCE,
+           "Blocks copied to host memory before anybody had to wait for it."),
     Series("drover_swap_dropped_blocks_total", "counter", "instance", INSTANCE,
            "Copies of running sequences given up for lack of host memory."),
     Series("drover_swap_stalls_total", "counter", "instance", INSTANCE,

@@ -59,6 +59,7 @@ def _swapped(swap: SwapFigures) -> list[Figure]:
         Figure("drover_swap_failures_total", swap.failed),
         Figure("drover_swap_kept_blocks_total", swap.kept_blocks),
         Figure("drover_swap_hit_blocks_total", swap.hit_blocks),
+        Figure("drover_swap_saved_blocks_total", swap.saved_blocks),
         Figure("drover_swap_dropped_blocks_total", swap.dropped_blocks),
         Figure("drover_swap_stalls_total", swap.stalls),
         Figure("drover_swap_stall_seconds_total", swap.stall_seconds),

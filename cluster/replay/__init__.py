@@ -1,0 +1,1 @@
+"""Load on a cluster that runs: requests over its HTTP API, and what became of them."""

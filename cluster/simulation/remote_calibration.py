@@ -1,0 +1,220 @@
+"""Measures a cluster that runs, through its API: what a client sees of steps."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from cluster.admin_client import AdminClient
+from cluster.replay.client import Answer, CompletionClient, ServerError
+from cluster.simulation.calibration import CalibrationError
+from cluster.simulation.profile import CostProfile
+from cluster.simulation.profile_check import Check, check_fit
+from cluster.simulation.profile_fit import StepSample, fit_steps, predict_step
+from cluster.simulation.workloads.records import token_ids
+from instance.executor import ModelDescription
+from instance.step_cost import attended
+
+_MODEL = TypeAdapter(ModelDescription)
+_OUTPUT = 24
+"""Output tokens of the streams that measure decoding."""
+_LONGEST_PROMPT = 512
+"""Longer prompts take several steps, at a length that does not show from outside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """What the admin API tells of an instance that is ready."""
+
+    model: ModelDescription
+    total_blocks: int
+    max_num_seqs: int
+
+
+def members(answer: Any) -> list[Member]:
+    """The ready instances of an answer of ``/admin/instances``.
+
+    Raises:
+        CalibrationError: if there is none, or they differ.
+    """
+    try:
+        found = [
+            Member(
+                _MODEL.validate_python(entry["model"]),
+                int(entry["total_blocks"]),
+                int(entry["max_num_seqs"]),
+            )
+            for entry in answer["instances"]
+            if entry["state"] == "ready"
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CalibrationError(f"/admin/instances was not understood: {error!r}") from None
+    if not found:
+        raise CalibrationError("no instance is ready")
+    if len(set(found)) > 1:
+        raise CalibrationError("the instances differ: a profile is of one kind")
+    return found
+
+
+def calibrate_cluster(
+    url: str,
+    admin_key: str | None,
+    client_key: str,
+    name: str | None,
+    quick: bool,
+    like: CostProfile,
+    progress: Callable[[str], None],
+) -> tuple[CostProfile, list[Check]]:
+    """Fit a profile to what clients see of an idle cluster of equal instances.
+
+    The time to the first token, over prompt lengths, and the time between tokens, over
+    numbers of streams that all instances share evenly. What shows from inside only is taken
+    from ``like``.
+
+    Raises:
+        CalibrationError: if something cannot be measured.
+        CommandError: if the admin API refuses.
+    """
+    admin = AdminClient.find(url, admin_key)
+    found = members(admin.call("GET", "/admin/instances"))
+    try:
+        labels, samples = asyncio.run(_measure(url, client_key, found, quick, progress))
+    except ServerError as error:
+        raise CalibrationError(str(error)) from None
+    one = found[0]
+    where = f"drover calibrate --url, {len(found)} instances of {one.model.name}"
+    profile = CostProfile(
+        name=name or one.model.name,
+        model=one.model,
+        step=fit_steps(samples),
+        copy_out=like.copy_out,
+        copy_in=like.copy_in,
+        link=like.link,
+        num_blocks=one.total_blocks,
+        num_host_blocks=like.num_host_blocks,
+        sources={
+            "step": f"{where}; times to the first and between tokens, {len(samples)} shapes",
+            "copy_out": f"not measured: as in {like.name}",
+            "copy_in": f"not measured: as in {like.name}",
+            "link": f"not measured: as in {like.name}",
+            "num_blocks": "the cluster's admin API",
+            "num_host_blocks": f"not measured: as in {like.name}",
+        },
+    )
+    return profile, check_fit(labels, samples, predict_step)
+
+
+async def _measure(
+    url: str,
+    key: str,
+    found: Sequence[Member],
+    quick: bool,
+    progress: Callable[[str], None],
+) -> tuple[list[str], list[StepSample]]:
+    one, repeats = found[0], 3 if quick else 7
+    longest = min(one.model.max_model_len, one.total_blocks * one.model.block_size)
+    async with CompletionClient(url, key) as client:
+        model, context = await client.model()
+        longest = min(longest, context or longest)
+        source = _Prompts(await client.vocabulary(model))
+        streams = sorted({1, 2, 4, 8, *((1, 4) if quick else (16, one.max_num_seqs // 2))})
+        streams = [count for count in streams if 0 < count <= one.max_num_seqs]
+        contexts = [16, 256] if quick else [16, 128, 512, 1024]
+        labels, samples = [], []
+        for start in contexts:
+            for count in streams:
+                room = one.total_blocks * one.model.block_size
+                if start + _OUTPUT > longest or count * (start + _OUTPUT) > room:
+                    continue
+                gap = statistics.median(
+                    [
+                        await _between_tokens(client, model, source, start, count, len(found))
+                        for _ in range(3)
+                    ]
+                )
+                middle = start + _OUTPUT // 2
+                labels.append(f"{count} x decode at {start}")
+                samples.append(StepSample(0, 0, count, count * middle, gap))
+                progress(f"{labels[-1]}: {1000 * gap:.2f} ms")
+        if not samples:
+            raise CalibrationError("the cluster takes too short prompts to be measured")
+        # What a request takes besides its steps shows where the step is known.
+        shortest = await _first_token(client, model, source, 1, repeats)
+        overhead = max(0.0, shortest - samples[0].seconds)
+        for length in (8, 16, 32, 64, 128, 192, 256, 384, 512):
+            if length <= min(_LONGEST_PROMPT, longest - 2):
+                first = await _first_token(client, model, source, length, repeats)
+                seconds = max(first - overhead, 1e-6)
+                labels.append(f"prefill of {length}")
+                samples.append(StepSample(length, attended(0, length), 0, 0, seconds))
+                progress(f"{labels[-1]}: {1000 * seconds:.2f} ms")
+    return labels, samples
+
+
+class _Prompts:
+    """Prompts with nothing in common, so that no prefix cache shortens their prefill."""
+
+    def __init__(self, vocabulary: Sequence[int]) -> None:
+        self._vocabulary = vocabulary
+        self._made = 0
+
+    def make(self, length: int) -> list[int]:
+        self._made += 1
+        return token_ids(f"calibration {self._made}", length, self._vocabulary)
+
+
+async def _first_token(
+    client: CompletionClient, model: str, prompts: _Prompts, length: int, repeats: int
+) -> float:
+    """Median seconds to the first token of one request at a time; one goes before."""
+    times = []
+    for _ in range(repeats + 1):
+        answer = Answer(0.0)
+        await client.complete(answer, model, prompts.make(length), 2, temperature=0.0)
+        if not answer.arrivals:
+            raise CalibrationError("an answer had no text")
+        times.append(answer.arrivals[0] - answer.sent)
+    return statistics.median(times[1:])
+
+
+async def _between_tokens(
+    client: CompletionClient,
+    model: str,
+    prompts: _Prompts,
+    length: int,
+    count: int,
+    instances: int,
+) -> float:
+    """Median seconds between tokens while ``count`` streams decode on each instance."""
+    answers = [Answer(0.0) for _ in range(count * instances)]
+    await asyncio.gather(
+        *(
+            client.complete(answer, model, prompts.make(length), _OUTPUT, temperature=0.0)
+            for answer in answers
+        )
+    )
+    # Only while all decode: not beside the prefill of some, nor after the end of others.
+    began = max((answer.arrivals[0] for answer in answers if answer.arrivals), default=0.0)
+    ended = min((answer.arrivals[-1] for answer in answers if answer.arrivals), default=0.0)
+    gaps = [
+        (last - first) / (index - start)
+        for answer in answers
+        for start, first, index, last in _shared(answer.arrivals, began, ended)
+    ]
+    if not gaps:
+        raise CalibrationError(f"{count} streams did not decode at the same time")
+    return statistics.median(gaps)
+
+
+def _shared(
+    arrivals: Sequence[float], began: float, ended: float
+) -> list[tuple[int, float, int, float]]:
+    """The first and the last event between two instants, with their numbers; none where
+    there are fewer than two."""
+    inside = [(index, at) for index, at in enumerate(arrivals) if began <= at <= ended]
+    return [(*inside[0], *inside[-1])] if len(inside) > 1 else []
