@@ -4,69 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import uuid
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from bench.http_load import Load, run_load
-from bench.instances import FixedPlacer
-from cluster.config import ClusterRef, GatewayConfig
-from cluster.gateway.actor import GatewayActor
-from cluster.gateway.router import Router
-from instance.actor import InstanceActor
-from instance.clock import RealClock
-from instance.config import EngineConfig
-from instance.executor import Executor, ModelDescription
-from instance.model.modelled import ModelledExecutor
 from instance.step_cost import StepCost
-from tests.unit.byte_tokenizer import byte_tokenizer
-
-PRINTABLE = range(32, 127)
-TOKEN = "a cluster token"
-
-
-def modelled(config: EngineConfig, _: object) -> Executor:
-    """Steps of 2 ms that draw printable bytes: each is text of its own."""
-    description = ModelDescription(
-        name=config.model,
-        dtype="float32",
-        block_size=config.block_size,
-        num_layers=1,
-        num_kv_heads=1,
-        head_dim=1,
-        vocab_size=PRINTABLE.stop,
-        max_model_len=1024,
-        eos_token_ids=tuple(range(PRINTABLE.start)),
-    )
-    cost = StepCost(0.002, 0.0, 0.0, 0.0)
-    return ModelledExecutor(description, config.num_blocks, RealClock(), cost)
+from tests.integration.modelled_gateway import modelled_gateway
 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("model")
-    PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer()).save_pretrained(folder)
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    config = EngineConfig(model=str(folder), num_blocks=512, heartbeat=0.05)
-    instance = InstanceActor("i0", config, TOKEN, executor=modelled)
-    info = instance.start()
-
-    def router(settings: GatewayConfig, _: ClusterRef) -> Router:
-        placer = FixedPlacer(lambda _: "i0")
-        placer.set_instances([info])
-        return Router(f"g0-{uuid.uuid4().hex}", settings.token, placer)
-
-    settings = GatewayConfig("g0", port=0, model=str(folder), token=TOKEN, drain_grace=0.0)
-    gateway = GatewayActor("g0", settings, ClusterRef(), router)
-    yield gateway.start()
-    gateway.stop()
-    left = instance.check()
-    assert (left["sequences"], left["used_blocks"]) == (0, 0)
-    instance.stop()
+    cost = StepCost(0.002, 0.0, 0.0, 0.0)
+    with modelled_gateway(tmp_path_factory.mktemp("model"), cost) as url:
+        yield url
 
 
 def test_same_seed_same_text(url: str) -> None:

@@ -47,7 +47,12 @@ GATEWAY_CORES = (
     "cluster/gateway/served.py",
     "cluster/gateway/stop_strings.py",
 )
-SIMULATION_CORES = ("cluster/simulation/profile.py", "cluster/simulation/profile_fit.py")
+SIMULATION_CORES = (
+    "cluster/replay/results.py",
+    "cluster/simulation/profile.py",
+    "cluster/simulation/profile_check.py",
+    "cluster/simulation/profile_fit.py",
+)
 CORE_FOLDERS = ("instance/kv", "cluster/dispatcher", "cluster/simulation/workloads")
 SHELLS = {"copier.py", "actor.py", "operators.py", "sources.py", "store.py", "__init__.py"}
 """Modules of the core folders that do I/O."""

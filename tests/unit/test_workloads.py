@@ -82,6 +82,7 @@ def test_a_longer_piece_begins_with_a_shorter(
     ids = token_ids(stream, short + more, VOCAB, seed)
     assert ids[:short] == token_ids(stream, short, VOCAB, seed)
     assert set(ids) <= set(VOCAB)
+    assert ids == token_ids(stream, short + more, list(VOCAB), seed)
 
 
 def test_streams_and_seeds_have_contents_of_their_own() -> None:

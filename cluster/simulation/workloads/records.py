@@ -68,7 +68,7 @@ class WorkloadRequest:
         return sum(span.length for span in self.prompt)
 
 
-def token_ids(stream: str, length: int, vocab: range, seed: int = 0) -> list[int]:
+def token_ids(stream: str, length: int, vocab: Sequence[int], seed: int = 0) -> list[int]:
     """The first ``length`` tokens of a stream: a function of its arguments alone.
 
     Args:
@@ -78,14 +78,18 @@ def token_ids(stream: str, length: int, vocab: range, seed: int = 0) -> list[int
         seed: Another one makes other content.
     """
     digest = hashlib.shake_128(f"{seed}\0{stream}".encode()).digest(4 * length)
-    drawn = np.frombuffer(digest, dtype="<u4").astype(np.int64)
-    ids: list[int] = (vocab.start + vocab.step * (drawn % len(vocab))).tolist()
+    drawn = np.frombuffer(digest, dtype="<u4").astype(np.int64) % len(vocab)
+    if isinstance(vocab, range):
+        chosen = vocab.start + vocab.step * drawn
+    else:
+        chosen = np.asarray(vocab, dtype=np.int64)[drawn]
+    ids: list[int] = chosen.tolist()
     return ids
 
 
 def prompt_ids(
     request: WorkloadRequest,
-    vocab: range,
+    vocab: Sequence[int],
     seed: int = 0,
     outputs: Mapping[int, Sequence[int]] | None = None,
 ) -> list[int]:
