@@ -170,6 +170,14 @@ class LeasedCounters:
         """A lease is used up: the dispatcher should hear of it at once."""
         return self._due
 
+    def left(self, account: Account) -> float:
+        """Service that may be charged to an account before a report becomes due."""
+        if self._due:
+            return math.inf
+        entry = self._entries.get(account)
+        used = 0.0 if entry is None else entry.charged - entry.reported
+        return self.lease * self.weight(account[0]) - used
+
     def report(self, theta: float = 0.0, increment: float = 0.0) -> ServiceReport:
         """Everything charged so far; the leases begin anew with it.
 

@@ -34,8 +34,10 @@ class Answers:
         return self._of(request_id)[first : first + count]
 
     def token(self, request_id: str, index: int) -> int:
-        """The output token at ``index``. Beyond the end, where a model told to go on would
-        go on, it is the end-of-sequence token again."""
+        """The output token at ``index``; beyond the end, and where the request has ended while
+        a step still drew for it, the end-of-sequence token again."""
+        if request_id not in self._lengths:
+            return self._end_token
         tokens = self._of(request_id)
         return tokens[index] if index < len(tokens) else self._end_token
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from cluster.simulation.network import KvLink
 from cluster.simulation.profile import CostProfile
 from instance.clock import Clock
+from instance.executor import ModelDescription
 from instance.model.modelled import ModelledExecutor
 from instance.step_cost import StepCost
 
@@ -30,6 +32,22 @@ class DeviceModel:
 
 
 DeviceMaker = Callable[[Clock], DeviceModel]
+
+
+def vocabulary(model: ModelDescription) -> tuple[range, int]:
+    """Ids of ordinary tokens, and the one that ends an answer.
+
+    Raises:
+        ValueError: The model has no end-of-sequence token, or no other.
+    """
+    ends = sorted(model.eos_token_ids)
+    if not ends:
+        raise ValueError(f"{model.name} has no end-of-sequence token: no answer could end")
+    borders = [-1, *ends, model.vocab_size]
+    widest = max((range(low + 1, high) for low, high in itertools.pairwise(borders)), key=len)
+    if not widest:
+        raise ValueError(f"{model.name} has nothing but end-of-sequence tokens")
+    return widest, ends[0]
 
 
 def device(profile: CostProfile, share: float) -> DeviceMaker:

@@ -14,6 +14,7 @@ from cluster.dispatcher.events import (
     FetchLedger,
     Finished,
     Joined,
+    LedgerCopied,
     MigrationEnded,
     Place,
     PlaceRequested,
@@ -21,6 +22,7 @@ from cluster.dispatcher.events import (
     RejectMigration,
     Reported,
     SendLedger,
+    Served,
     SetDraining,
     SetRole,
     StartMigration,
@@ -123,6 +125,10 @@ class SimulatedDispatcher:
         for action in self._calls.pop(instance, {}).values():
             self._migrated(_failed(action))
 
+    def served(self, event: Served) -> None:
+        """A gateway lost its stream to an instance."""
+        self._later(lambda: self.handle(event))
+
     def handle(self, event: Event) -> None:
         """Let the core take an event now."""
         now = self._clock.now()
@@ -150,8 +156,10 @@ class SimulatedDispatcher:
                 self._tell(instance_id, lambda to: to.set_role(role))
             case AskPrefixes(instance_id):
                 self._tell(instance_id, SimulatedInstance.tell_prefixes)
-            case SendLedger() | FetchLedger():
-                pass
+            case SendLedger(instance_id, incarnation, update):
+                self._tell(instance_id, lambda to: to.take_ledger(incarnation, update))
+            case FetchLedger(instance_id):
+                self._tell(instance_id, self._copy_ledger)
             case RejectMigration():
                 raise AssertionError("no operator asks for a migration here")
 
@@ -183,6 +191,12 @@ class SimulatedDispatcher:
                 instance.enter(lambda: call(instance))
 
         self._later(arrive)
+
+    def _copy_ledger(self, instance: SimulatedInstance) -> None:
+        """Runs at the instance."""
+        copy = instance.counters.copy()
+        copied = LedgerCopied(instance.instance_id, instance.incarnation, copy)
+        self._later(lambda: self.handle(copied))
 
     def _tick(self) -> None:
         self.handle(Tick())

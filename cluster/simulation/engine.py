@@ -20,8 +20,11 @@ from instance.clock import TimerHandle, VirtualClock
 from instance.config import EngineConfig
 from instance.engine import Engine, StepListener
 from instance.executor import StepResult
+from instance.fairness import service
+from instance.kv.copies import CopyJob
+from instance.leases import LeasedCounters
 from instance.model.modelled import ModelledExecutor
-from instance.request import Sequence, StepPlan
+from instance.request import Account, Sequence, StepPlan
 from instance.step_cost import StepCost
 
 DecodeListener = Callable[[SequenceOf[Sequence], SequenceOf[float]], None]
@@ -48,6 +51,7 @@ class SimulatedEngine(Engine):
         on_decodes: Told the steps that were accounted for together, instead of ``on_step``.
         on_failure: As for ``Engine``.
         on_preempted: As for ``Engine``.
+        counters: The instance's share of the cluster's ledger.
         jumps: Account for steps together where nothing else can happen.
     """
 
@@ -62,6 +66,7 @@ class SimulatedEngine(Engine):
         on_decodes: DecodeListener,
         on_failure: Callable[[BaseException], None],
         on_preempted: Callable[[Sequence], None],
+        counters: LeasedCounters,
         jumps: bool = True,
     ) -> None:
         super().__init__(
@@ -72,11 +77,13 @@ class SimulatedEngine(Engine):
             on_step,
             on_failure,
             on_preempted,
+            counters,
         )
         self.jumps = jumps
         self._virtual = clock
         self.jumped = 0
         self._cost = cost
+        self._counters = counters
         self._answers = answers
         self._on_decodes = on_decodes
         self._timer: TimerHandle | None = None
@@ -95,6 +102,11 @@ class SimulatedEngine(Engine):
         if self._timer is not None:
             self._timer.cancel()
 
+    def _finish_copy(self, job: CopyJob, result: float | BaseException) -> None:
+        if not self.failed:
+            self.interrupt()
+            super()._finish_copy(job, result)
+
     # ---- steps
 
     def _launch(self, plan: StepPlan) -> None:
@@ -111,14 +123,22 @@ class SimulatedEngine(Engine):
     def _begin_stretch(self, running: StepPlan, planned: StepPlan) -> None:
         """See how far the next steps are known, and let the last of them end the stretch."""
         answers, steps = self._answers, LONGEST_STRETCH
+        accounts: dict[Account, int] = {}
         for sequence, start, length, _ in running.rows:
             # The step that draws the last token of an answer is the last of the stretch.
             drawn = start + length - sequence.num_prompt
             steps = min(steps, answers.left(sequence.request_id, drawn) - 1)
-            if length != 1 or steps < 1:
+            if length != 1 or steps < 1 or sequence.silent:
                 return
-        steps = self.scheduler.steady_steps(running, planned, steps)
-        if not steps:
+            accounts[sequence.account] = accounts.get(sequence.account, 0) + 1
+        for account, number in accounts.items():
+            # A used-up lease is reported as the step ends that used it up.
+            left = self._counters.left(account) / service(0, number)
+            if left < steps + 1:
+                steps = int(left) - 1
+        if steps > 0:
+            steps = self.scheduler.steady_steps(running, planned, steps)
+        if steps < 1:
             return
         count = len(running.rows)
         context = sum(row.start + 1 for row in running.rows)
@@ -161,6 +181,8 @@ class SimulatedEngine(Engine):
         times = self._ends[self._told : self._told + steps]
         answers = self._answers
         sequences = [row.sequence for row in running.rows]
+        # Of steps in a row that only decode, no more than the first is learned from.
+        self.scheduler.budget.observe(running, times[0] - self._launched_at)
         self.scheduler.advance_decodes(
             running,
             planned,

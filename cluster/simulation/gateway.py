@@ -6,9 +6,11 @@ import functools
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from cluster.dispatcher.events import Served
 from cluster.dispatcher.messages import Placement, PlaceRequest, Refusal
+from cluster.gateway.dispatching import ASK_AGAIN
 from cluster.gateway.home import (
     Deliver,
     Home,
@@ -20,6 +22,7 @@ from cluster.gateway.home import (
     SendClaimReply,
     SendSubmit,
 )
+from cluster.gateway.served import ServedService
 from cluster.simulation.answers import Answers
 from cluster.simulation.instance import SimulatedInstance
 from cluster.simulation.network import NetworkConfig
@@ -54,12 +57,24 @@ class ClientConfig:
     salt: bytes | None
 
 
+class Asked(Protocol):
+    """The dispatcher, as a gateway calls it."""
+
+    def place(self, request: PlaceRequest) -> None:
+        """Where shall this request run?"""
+
+    def finished(self, request_id: str, epoch: int) -> None:
+        """A request has ended."""
+
+    def served(self, event: Served) -> None:
+        """A stream to an instance was lost."""
+
+
 class SimulatedGateway:
     """Sends the workload, follows every request to its end, and replays what died.
 
     Args:
-        place: Asks the dispatcher; it answers with ``placed`` or ``refused``.
-        finished: Tells the dispatcher that a request has ended.
+        dispatcher: Answers with ``placed`` or ``refused``.
 
     Attributes:
         requests: Records by request id, in the order of the workload.
@@ -72,8 +87,7 @@ class SimulatedGateway:
         network: NetworkConfig,
         config: ClientConfig,
         answers: Answers,
-        place: Callable[[PlaceRequest], None],
-        finished: Callable[[str, int], None],
+        dispatcher: Asked,
     ) -> None:
         self.requests: dict[str, RequestRecord] = {}
         self.open = 0
@@ -81,8 +95,9 @@ class SimulatedGateway:
         self._network = network
         self._config = config
         self._answers = answers
-        self._place = place
-        self._finished = finished
+        self._dispatcher = dispatcher
+        self._served = ServedService()
+        self._asked: dict[str, PlaceRequest] = {}
         self._home = Home()
         self._instances: dict[Peer, SimulatedInstance] = {}
         self._workload: dict[str, WorkloadRequest] = {}
@@ -170,6 +185,9 @@ class SimulatedGateway:
         """An instance has died: what it held is placed anew."""
         peer = Peer(instance.instance_id, instance.incarnation)
         self._execute(self._home.gone(peer))
+        charged = tuple(self._served.of(peer))
+        if charged:
+            self._dispatcher.served(Served(GATEWAY, *peer, charged))
 
     def output(self, instance: SimulatedInstance, sequence: Sequence, reason: FinishReason) -> None:
         """Take the output of a sequence that was not sent before."""
@@ -178,14 +196,16 @@ class SimulatedGateway:
         peer, epoch = Peer(instance.instance_id, instance.incarnation), sequence.epoch
         if reason:
             self._epochs[sequence.request_id] = epoch
-        self._clock.call_later(
-            self._network.message,
-            lambda: self._execute(
-                self._home.tokens(
-                    peer, sequence.request_id, epoch, index, tokens, reason, sequence.error
-                )
-            ),
-        )
+        cached = max(0, sequence.num_cached)
+
+        def take() -> None:
+            name, message = sequence.request_id, sequence.error
+            self._execute(
+                self._home.tokens(peer, name, epoch, index, tokens, reason, message, cached),
+                producer=peer,
+            )
+
+        self._clock.call_later(self._network.message, take)
 
     def claim(self, instance: SimulatedInstance, claim: m.Claim) -> None:
         """A party of a migration asks for a request."""
@@ -208,6 +228,7 @@ class SimulatedGateway:
         instance = self._instances[peer]
         owned = self._home.requests.get(placement.request_id)
         if owned is not None and owned.epoch == placement.epoch and owned.holder is None:
+            del self._asked[placement.request_id]
             if placement.epoch == 1:
                 record.placed = self._clock.now()
             record.instances.append(placement.instance_id)
@@ -220,24 +241,30 @@ class SimulatedGateway:
         """The dispatcher has no instance for a request."""
         owned = self._home.requests.get(refusal.request_id)
         if owned is not None and owned.epoch == refusal.epoch and owned.holder is None:
+            del self._asked[refusal.request_id]
             self._home.close(refusal.request_id)
-            self._finished(refusal.request_id, refusal.epoch)
+            self._dispatcher.finished(refusal.request_id, refusal.epoch)
             self._end(self.requests[refusal.request_id], str(refusal.status))
 
     # ---- what the home wants done
 
-    def _execute(self, actions: list[HomeAction]) -> None:
+    def _execute(self, actions: list[HomeAction], producer: Peer | None = None) -> None:
         for action in actions:
             match action:
                 case Place(request_id, epoch, avoid):
                     self._ask_for_place(request_id, epoch, avoid)
                 case Deliver():
+                    if producer is not None:
+                        request = self._sent[action.request_id]
+                        fresh = 0 if action.index else len(request.prompt) - action.cached_tokens
+                        count = len(action.tokens)
+                        self._served.note(producer, request.account, fresh, count)
                     if action.finish_reason:
                         self._finish(action)
                 case SendSubmit(peer, request_id, epoch):
-                    emitted = tuple(self._home.requests[request_id].output)
-                    submit = self._instances[peer].submit
-                    self._tell(peer, submit, self._sent[request_id], epoch, emitted)
+                    owned, submit = self._home.requests[request_id], self._instances[peer].submit
+                    output, paid = tuple(owned.output), owned.charged_prompt
+                    self._tell(peer, submit, self._sent[request_id], epoch, output, paid)
                 case SendCancel(peer, request_id, epoch):
                     self._tell(peer, self._instances[peer].cancel, request_id, epoch)
                 case SendClaimReply(peer, request_id, epoch, attempt, outcome, new, index):
@@ -253,7 +280,7 @@ class SimulatedGateway:
                 f"{action.request_id}: its home has {action.index + len(action.tokens)} tokens, "
                 f"{len(record.times)} were drawn"
             )
-        self._finished(action.request_id, self._epochs.pop(action.request_id))
+        self._dispatcher.finished(action.request_id, self._epochs.pop(action.request_id))
         error = action.finish_reason is FinishReason.ERROR
         self._end(record, "500" if error else "finished")
 
@@ -263,7 +290,7 @@ class SimulatedGateway:
         if epoch > 1:
             record.replays += 1
         owned, config = self._home.requests[request_id], self._config
-        self._place(
+        self._ask(
             PlaceRequest(
                 request_id=request_id,
                 epoch=epoch,
@@ -279,6 +306,17 @@ class SimulatedGateway:
                 else prompt_keys(request.prompt, config.block_size, config.salt),
             )
         )
+
+    def _ask(self, request: PlaceRequest) -> None:
+        """Ask, and ask again now and then, as ``cluster.gateway.dispatching`` does."""
+        self._asked[request.request_id] = request
+        self._dispatcher.place(request)
+
+        def again() -> None:
+            if self._asked.get(request.request_id) is request:
+                self._ask(request)
+
+        self._clock.call_later(ASK_AGAIN, again)
 
     def _tell(self, peer: Peer, call: Callable[..., None], *arguments: Any) -> None:
         enter = functools.partial(self._instances[peer].enter, functools.partial(call, *arguments))

@@ -15,6 +15,7 @@ from cluster.simulation.records import InstanceRecord, RequestRecord
 from instance.clock import TimerHandle, VirtualClock
 from instance.config import EngineConfig
 from instance.kv.prefix_events import PrefixEvents
+from instance.leases import LeasedCounters, LedgerUpdate
 from instance.load import (
     InstanceInfo,
     LoadReport,
@@ -78,6 +79,7 @@ class SimulatedInstance:
         self.role = role
         self.link = device.link
         self.block_bytes = device.block_bytes
+        self.counters = LeasedCounters()
         self.engine = SimulatedEngine(
             device.executor,
             config,
@@ -88,6 +90,7 @@ class SimulatedInstance:
             self._decoded,
             self._failed,
             self._preempted,
+            self.counters,
             jumps,
         )
         self.attempts = Attempts(self)
@@ -100,6 +103,7 @@ class SimulatedInstance:
         self._record = record
         self._steps_before = record.steps[-1] if record.steps else 0
         self._reports = 0
+        self._reported_waiting = False
         self._last_report = clock.now()
         self._report_timer: TimerHandle | None = None
         self._report_due = 0.0
@@ -162,14 +166,18 @@ class SimulatedInstance:
 
     # ---- requests
 
-    def submit(self, request: Request, epoch: int, emitted: SequenceOf[int]) -> None:
-        """A home sends a request, with the output that it already has."""
+    def submit(
+        self, request: Request, epoch: int, emitted: SequenceOf[int], charged_prompt: int
+    ) -> None:
+        """A home sends a request, with the output that it already has and what is paid."""
         sequence = Sequence.start(
             request,
             epoch=epoch,
             emitted=tuple(emitted),
             eos_token_ids=self.engine.model.eos_token_ids,
         )
+        paid = len(request.prompt) if emitted else min(charged_prompt, len(request.prompt))
+        sequence.charged_prompt = max(sequence.charged_prompt, paid)
         try:
             self.engine.submit(sequence)
         except ValueError as error:
@@ -220,6 +228,11 @@ class SimulatedInstance:
         self.role = role
         self.report_soon()
 
+    def take_ledger(self, incarnation: str, update: LedgerUpdate) -> None:
+        """Take over what is new in the cluster's ledger; one for an older start is ignored."""
+        if incarnation == self.incarnation:
+            self.counters.take(update)
+
     def tell_prefixes(self) -> None:
         """Report from now on as if nobody knew what the prefix cache holds."""
         self._prefixes.restart(self.engine.pool.prefix.keys())
@@ -239,6 +252,9 @@ class SimulatedInstance:
             if emission.finish_reason:
                 self.attempts.tell_source(sequence, m.SequenceEnded())
                 self._ended(sequence, emission.finish_reason)
+        emptied = self._reported_waiting and not self.engine.scheduler.waiting
+        if emptied or self.counters.due:
+            self.report_soon()
 
     def _decoded(self, sequences: SequenceOf[Sequence], times: SequenceOf[float]) -> None:
         silent = self.attempts.silent() if self.attempts.num_in else ()
@@ -248,11 +264,11 @@ class SimulatedInstance:
 
     def _drew(self, sequence: Sequence, times: SequenceOf[float]) -> None:
         record = self._requests[sequence.request_id]
-        if record.preempted_at is not None:
-            record.resumed(times[0])
         if record.instances[-1] != self.instance_id:
             record.arrived(self.instance_id, times[0])
         record.times.extend(times)
+        if record.preempted_at is not None:
+            record.resumed()
 
     def _ended(self, sequence: Sequence, reason: FinishReason) -> None:
         record = self._requests[sequence.request_id]
@@ -261,7 +277,11 @@ class SimulatedInstance:
         self.report_soon()
 
     def _preempted(self, sequence: Sequence) -> None:
-        self._requests[sequence.request_id].preempted(self.clock.now(), self.engine.step_seconds)
+        self._requests[sequence.request_id].preempted(
+            self.clock.now(),
+            self.engine.step_seconds,
+            sequence.num_output + sequence.num_in_flight,
+        )
         self.attempts.tell_source(sequence, m.Preempted())
 
     def _failed(self, error: BaseException) -> None:
@@ -296,6 +316,7 @@ class SimulatedInstance:
     def load(self) -> LoadReport:
         """The state of this instance now."""
         self._reports += 1
+        self._reported_waiting = bool(self.engine.scheduler.waiting)
         attempts = self.attempts
         return build_report(
             self.engine.scheduler,

@@ -56,7 +56,8 @@ class Outgoing:
 
     def start(self) -> None:
         """Offer the sequence."""
-        has_kv = self.sequence.status is SequenceStatus.RUNNING
+        sequence = self.sequence
+        has_kv = sequence.status is SequenceStatus.RUNNING or sequence.num_swapped > 0
         self._execute(self.machine.start(*self._blocks(), has_kv, self._host.clock.now()))
 
     def handle(self, event: m.SourceEvent) -> None:
@@ -68,8 +69,8 @@ class Outgoing:
 
     def _blocks(self) -> tuple[int, int]:
         size = self._host.engine.pool.block_size
-        written = self.sequence.num_written
-        return written // size, -(-written // size)
+        kept = self.sequence.num_kept
+        return kept // size, -(-kept // size)
 
     def _execute(self, actions: list[m.SourceAction]) -> None:
         host = self._host
@@ -116,8 +117,9 @@ class Outgoing:
 
     def _copy(self, stage: int, first: int, count: int) -> None:
         host = self._host
-        blocks = self.sequence.block_table[first : first + count]
-        host.engine.pool.pin(blocks)
+        place = host.engine.kv_of(self.sequence)
+        blocks = place.table[first : first + count]
+        place.pool.pin(blocks)
         size = len(blocks) * host.block_bytes
         copies = len(runs(blocks))
         paced = self.sequence.status is not SequenceStatus.HANDOVER
@@ -135,7 +137,7 @@ class Outgoing:
             self.peer.tell(host, functools.partial(sent, ok))
 
         def sent(ok: bool) -> None:
-            host.engine.pool.unpin(blocks)
+            place.pool.unpin(blocks)
             if ok:
                 self._bytes += size
                 self._copies += copies
@@ -156,7 +158,7 @@ class Outgoing:
         self.handle(
             m.Detached(
                 total_blocks=self._blocks()[1],
-                num_computed=sequence.num_written,
+                num_computed=sequence.num_kept,
                 output=tuple(sequence.output),
                 acked=sequence.acked,
                 logprobs=(),
@@ -223,9 +225,8 @@ class Incoming:
         self.sequence: Sequence | None = None
         self.rejected: set[int] = set()
         self._host = host
-        self._request = offered.request
+        self._offered = offered
         self._tokens = list(offered.tokens)
-        self._num_cached = offered.num_cached
         self._admitted = False
         self._timer: TimerHandle | None = None
 
@@ -264,6 +265,7 @@ class Incoming:
                 case m.Activate(epoch, next_index):
                     assert self.sequence is not None
                     self.sequence.epoch = epoch
+                    host.engine.scheduler.grant(self.sequence)
                     self.sequence.acknowledge(min(next_index, self.sequence.num_output))
                     host.resend(self.sequence, next_index)
                 case m.DropSequence():
@@ -324,15 +326,18 @@ class Incoming:
         self.num_acquired = len(found)
 
     def _compute(self, handover: m.Handover) -> None:
-        engine = self._host.engine
+        engine, offered = self._host.engine, self._offered
         sequence = Sequence.start(
-            self._request,
+            offered.request,
             epoch=handover.epoch,
             emitted=handover.output,
             eos_token_ids=engine.model.eos_token_ids,
         )
         sequence.acked = handover.acked
-        sequence.num_cached = self._num_cached
+        sequence.num_cached = offered.num_cached
+        sequence.charged_prompt = offered.charged_prompt
+        sequence.charged_output = offered.charged_output
+        sequence.silent = self.machine.silent
         self.sequence = sequence
         if handover.num_computed:
             engine.pool.commit(self.table[self.num_acquired :])
@@ -423,8 +428,10 @@ class Attempts:
             return "unknown request"
         if peer is self._host:
             return "already there"
-        if sequence.status not in (SequenceStatus.RUNNING, SequenceStatus.WAITING):
+        if sequence.status is SequenceStatus.HANDOVER:
             return "in handover already"
+        if not self._host.engine.scheduler.can_leave(sequence):
+            return "being swapped"
         if sequence.request_id in self.involved():
             return "migrating already"
         if len(self._outgoing) >= self._host.config.migration.max_concurrent:

@@ -47,12 +47,18 @@ class RequestRecord:
     replays: int = 0
     preempted_at: float | None = None
     step_then: float = 0.0
+    known_then: int = 0
 
-    def preempted(self, now: float, step: float) -> None:
-        """It lost its place; ``step`` is what a step of its instance takes."""
+    def preempted(self, now: float, step: float, known: int) -> None:
+        """It lost its place.
+
+        Args:
+            step: What a step of its instance takes.
+            known: Output tokens that it has, or that the running step still brings.
+        """
         self.preemptions += 1
         if self.preempted_at is None:
-            self.preempted_at, self.step_then = now, step
+            self.preempted_at, self.step_then, self.known_then = now, step, known
 
     def arrived(self, instance_id: str, now: float) -> None:
         """Its tokens come from another instance than before."""
@@ -61,10 +67,11 @@ class RequestRecord:
             self.pauses.append(now - self.times[-1] - usual)
         self.instances.append(instance_id)
 
-    def resumed(self, now: float) -> None:
-        """A token came: if it was preempted before, that is over."""
-        if self.preempted_at is not None:
-            self.preemption_loss += max(0.0, now - self.preempted_at - self.step_then)
+    def resumed(self) -> None:
+        """Tokens came: if one of them could only come after the preemption, that is over."""
+        if self.preempted_at is not None and len(self.times) > self.known_then:
+            lost = self.times[self.known_then] - self.preempted_at - self.step_then
+            self.preemption_loss += max(0.0, lost)
             self.preempted_at = None
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from cluster.dispatcher.core import DispatcherConfig
 from cluster.simulation.answers import Answers
-from cluster.simulation.device import DeviceMaker
+from cluster.simulation.device import DeviceMaker, vocabulary
 from cluster.simulation.dispatcher import Observer, SimulatedDispatcher
 from cluster.simulation.gateway import ClientConfig, SimulatedGateway
 from cluster.simulation.instance import SimulatedInstance
@@ -117,8 +117,8 @@ class Simulation:
         self._steps = self._jumped = 0
         clock, network = self.clock, scenario.network
         first = scenario.devices[0](clock).executor.description
-        vocab = range(first.vocab_size - 1)
-        self._answers = Answers(vocab, first.vocab_size - 1, scenario.seed)
+        vocab, end_token = vocabulary(first)
+        self._answers = Answers(vocab, end_token, scenario.seed)
         self.dispatcher = SimulatedDispatcher(
             scenario.dispatcher, scenario.seed, clock, network, self._living, observer
         )
@@ -134,8 +134,7 @@ class Simulation:
                 salt=first.kv_salt if scenario.engine.scheduler.enable_prefix_caching else None,
             ),
             self._answers,
-            self.dispatcher.place,
-            self.dispatcher.finished,
+            self.dispatcher,
         )
         self.dispatcher.gateway = self.gateway
         for number in range(len(scenario.devices)):
