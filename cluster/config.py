@@ -8,6 +8,7 @@ vLLM's where the meaning is the same.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from instance.config import (
     SwapMode,
 )
 from instance.load import Role
+from instance.request import RequestClass
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -126,7 +128,23 @@ def placement_policy(text: str) -> str:
     return name
 
 
+def _theta(text: str) -> float | None:
+    """A number, or the word auto."""
+    return None if text == "auto" else number(0.0)(text)
+
+
+def _tpot_target(text: str) -> tuple[RequestClass | None, float]:
+    """A target in milliseconds, "auto" or "off", of all classes or of CLASS=."""
+    name, separator, value = text.rpartition("=")
+    names = [one.name.lower() for one in RequestClass]
+    request_class = RequestClass[one_of(*names)(name).upper()] if separator else None
+    if value == "auto":
+        return request_class, 0.0
+    return request_class, math.inf if value == "off" else number(0.001)(value) / 1000
+
+
 _MODEL, _HTTP, _CLUSTER = MODEL_SETTINGS, "HTTP", "cluster"
+_SCHEDULING = "scheduling"
 _POLICY, _MIGRATION, _SECRETS = "placement and rebalancing", "migration", "keys"
 
 
@@ -210,6 +228,26 @@ class ServeConfig:
     )
     swap_reuse: bool = setting(
         True, switch, "", _MODEL, "keep copies in host memory for the next swap or turn"
+    )
+    tpot_target_ms: tuple[tuple[RequestClass | None, float], ...] = setting(
+        (),
+        _tpot_target,
+        "MS",
+        _SCHEDULING,
+        "milliseconds per output token within which prompts may share steps: MS, CLASS=MS, "
+        "auto or off; may be given several times (default: auto, 3.5 times a step without prompts)",
+        many=True,
+    )
+    fairness_theta: float | None = setting(
+        None,
+        _theta,
+        "SERVICE",
+        _SCHEDULING,
+        "how far a tenant must be ahead of another, in weighted tokens, before its requests "
+        "are preempted for the other's (default: auto, twice what a swap costs)",
+    )
+    priority_interval: int = setting(
+        8, integer(1), "STEPS", _SCHEDULING, "steps between two looks at the tenants' service"
     )
     host: str = setting("127.0.0.1", string, "ADDRESS", _HTTP, "address that the gateways bind")
     port: int = setting(8000, integer(0, 65535), "PORT", _HTTP, "TCP port; 0 picks a free one")
@@ -381,6 +419,12 @@ class ServeConfig:
         name = self.cluster_name
         return ClusterRef(namespace="drover" if name == "default" else f"drover-{name}")
 
+    @property
+    def tpot_targets(self) -> tuple[float, ...]:
+        """Seconds per output token by class; 0 where it is derived."""
+        given = dict(self.tpot_target_ms)
+        return tuple(given.get(one, given.get(None, 0.0)) for one in RequestClass)
+
     def engine(self, device: str) -> EngineConfig:
         """Settings of an instance on ``device`` ("cpu" or "cuda")."""
         return EngineConfig(
@@ -399,6 +443,9 @@ class ServeConfig:
                 max_num_batched_tokens=self.max_num_batched_tokens,
                 max_model_len=self.max_model_len,
                 enable_prefix_caching=self.enable_prefix_caching,
+                theta=self.fairness_theta,
+                priority_interval=self.priority_interval,
+                tpot_targets=self.tpot_targets,
             ),
             swap=SwapConfig(
                 space_bytes=int(self.swap_space * GIB),

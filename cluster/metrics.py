@@ -139,6 +139,8 @@ SERIES = (
            "Prefills that stand still now."),
     Series("drover_preemption_threshold", "gauge", "instance", INSTANCE,
            "Service by weight that a tenant must be behind to preempt another (theta)."),
+    Series("drover_prefill_budget_tokens", "gauge", "instance", INSTANCE,
+           "Prefill tokens that the last step with prefill could hold beside its decodes."),
     Series("drover_swapped_sequences_total", "counter", "instance", (*INSTANCE, "direction"),
            "Sequences whose KV began to leave for host memory (out) or to return (in)."),
     Series("drover_swapped_blocks_total", "counter", "instance", (*INSTANCE, "direction"),

@@ -167,7 +167,7 @@ class TokenBudget:
         self.learner = StepCostLearner()
         self.prefill = max_tokens
         self._targets = (*targets, *(0.0,) * (len(RequestClass) - len(targets)))
-        self._skipped = 0
+        self._had_prefill = False
 
     @property
     def learned(self) -> bool:
@@ -175,14 +175,15 @@ class TokenBudget:
         return self.learner.prefill_samples > 0
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
-        """A step ended. Of those that only decode, which are most and alike, few are used."""
-        rows = plan.rows
-        if rows and rows[-1].length == 1 and self.learner.samples > _TRUSTED_AFTER:
-            self._skipped += 1
-            if self._skipped < 8:
-                return
-        self._skipped = 0
-        self.learner.observe(StepShape.of(plan), seconds)
+        """A step ended. Of those that only decode the first after one with prefill counts:
+        the others are like it, and would outweigh the few that tell what prefill costs."""
+        if not plan.rows:
+            return
+        last = plan.rows[-1]
+        prefill = last.length > 1 or not last.samples
+        if prefill or self._had_prefill:
+            self.learner.observe(StepShape.of(plan), seconds)
+        self._had_prefill = prefill
 
     def beside(self, decodes: int) -> int:
         """Prefill tokens that a step with so many decodes has, going by the last one."""

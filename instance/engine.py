@@ -346,6 +346,7 @@ class Engine:
         self._recent.append(self._clock.now() - self._launched_at)
         self.step_seconds_total += self._recent[-1]
         self.model_seconds += result.model_duration
+        self.scheduler.budget.observe(plan, self._recent[-1])
         if self.scheduler.swap is not None:
             self.scheduler.swap.cost.observe_step(plan.rows, result.duration)
         self._emissions.extend(

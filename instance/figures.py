@@ -35,6 +35,7 @@ def _planned(scheduler: Scheduler) -> list[Figure]:
         Figure("drover_prefill_pauses_total", counted.pauses),
         Figure("drover_prefills_paused", counted.paused),
         Figure("drover_preemption_threshold", scheduler.priorities.theta),
+        Figure("drover_prefill_budget_tokens", scheduler.budget.prefill),
     ]
 
 

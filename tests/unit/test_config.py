@@ -2,11 +2,13 @@
 
 import argparse
 import dataclasses
+import math
 
 import pytest
 
 from cluster.config import ServeConfig
 from cluster.flags import ConfigError, add_arguments, flags_of, load_settings, suggest
+from instance.request import RequestClass
 
 
 def parse(*arguments: str, environment: dict[str, str] | None = None) -> ServeConfig:
@@ -46,6 +48,11 @@ def test_every_flag_has_its_environment_twin() -> None:
         "redis_url": ("redis://host", "redis://host"),
         "roles": ("prefill=1,decode=1", (("prefill", 1), ("decode", 1))),
         "max_instances": ("7", 7),
+        "tpot_target_ms": (
+            "auto,batch=250",
+            ((None, 0.0), (RequestClass.BATCH, 0.25)),
+        ),
+        "fairness_theta": ("2000", 2000.0),
     }
     for field in dataclasses.fields(ServeConfig):
         if field.name in samples:
@@ -70,6 +77,15 @@ def test_every_flag_has_its_environment_twin() -> None:
 )
 def test_sizes(text: str, value: int) -> None:
     assert parse("--kv-cache-memory-bytes", text).kv_cache_memory_bytes == value
+
+
+def test_targets_per_class() -> None:
+    assert parse().tpot_targets == (0.0, 0.0, 0.0)
+    given = ("--tpot-target-ms", "50", "--tpot-target-ms", "batch=off")
+    config = parse(*given, "--fairness-theta", "auto")
+    assert config.tpot_targets == (0.05, 0.05, math.inf)
+    scheduler = config.engine("cpu").scheduler
+    assert (scheduler.tpot_targets, scheduler.theta) == (config.tpot_targets, None)
 
 
 def test_switches_and_lists(tmp_path) -> None:
@@ -97,6 +113,10 @@ def test_switches_and_lists(tmp_path) -> None:
         (["--kv-cache-memory-bytes", "a lot"], r"not a size"),
         (["--kv-cache-memory-bytes", "5"], r"less than 1M"),
         (["--max-num-seqs", "600"], r"max-num-batched-tokens \(512\) is less"),
+        (["--fairness-theta", "-1"], r"--fairness-theta: -1.0 is less than 0"),
+        (["--tpot-target-ms", "urgent=5"], r"'urgent' is not one of interactive, standard, batch"),
+        (["--tpot-target-ms", "0"], r"--tpot-target-ms: 0.0 is less than 0.001"),
+        (["--priority-interval", "0"], r"--priority-interval: 0 is less than 1"),
         (["--cluster-name", "a/b"], r"--cluster-name: 'a/b' is not a name"),
         (["--config", "no-such-file.yaml"], r"no-such-file.yaml: No such file"),
     ],
