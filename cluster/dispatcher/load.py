@@ -102,6 +102,15 @@ class _Staying(NamedTuple):
     interactive: int = 0
     freed: int = 0
 
+    def without(self, sequence: SequenceLoad) -> _Staying:
+        """The sums once a running sequence has left."""
+        return self._replace(
+            running=self.running - 1,
+            backlog=self.backlog - (sequence.uncomputed if sequence.uncomputed > 1 else 0),
+            interactive=self.interactive - (sequence.request_class == RequestClass.INTERACTIVE),
+            freed=self.freed + sequence.blocks,
+        )
+
 
 class Reported(NamedTuple):
     """What the last report says by itself, without charges and migrations under way.
@@ -210,11 +219,13 @@ class Book:
     Attributes:
         changed: Loads whose view is no longer true; taken by who keeps views.
         charged: Where each request is charged.
+        reported: Who reported each request last.
     """
 
     def __init__(self) -> None:
         self.changed: set[InstanceLoad] = set()
         self.charged: dict[str, set[InstanceLoad]] = {}
+        self.reported: dict[str, InstanceLoad] = {}
 
 
 class InstanceLoad:
@@ -255,6 +266,7 @@ class InstanceLoad:
         self._charged = _Charged()
         self._arriving: dict[str, SequenceLoad] = {}
         self._going: dict[str, SequenceLoad] = {}
+        self._ended: set[str] = set()
         self._by_id: dict[str, SequenceLoad] = {}
         self._reported = Reported(info.total_blocks, 0, (), 0)
         self._staying: _Staying | None = None
@@ -303,10 +315,16 @@ class InstanceLoad:
         self.left = False
         self.touch()
         self._staying = self._accounts = None
-        self._by_id = {sequence.request_id: sequence for sequence in report.sequences}
-        for request_id, sequence in self._by_id.items():
-            if request_id in self.charges:
-                self.release(request_id, sequence.epoch)
+        self._ended.clear()
+        before, self._by_id = self._by_id, {s.request_id: s for s in report.sequences}
+        for request_id in self.charges.keys() & self._by_id.keys():
+            self.release(request_id, self._by_id[request_id].epoch)
+        known = self._book.reported
+        for request_id in before.keys() - self._by_id.keys():
+            if known.get(request_id) is self:
+                del known[request_id]
+        for request_id in self._by_id.keys() - before.keys():
+            known[request_id] = self
         waiting = tuple(s.blocks for s in report.sequences if not s.running)
         self._reported = Reported(
             report.free_blocks, len(report.sequences) - len(waiting), waiting, report.preempted
@@ -330,6 +348,22 @@ class InstanceLoad:
         charge = self.charges.get(request_id)
         if charge is not None and charge.sequence.epoch <= epoch:
             self._drop(request_id)
+
+    def ended(self, request_id: str, epoch: int) -> None:
+        """A request is over at its home: until the next report it is as if it had left."""
+        sequence = self._by_id.get(request_id)
+        if sequence is None or sequence.epoch > epoch or not self.counts(request_id):
+            return
+        self._ended.add(request_id)
+        staying, self._accounts = self._staying, None
+        self._staying = None
+        if staying is not None and sequence.running:
+            self._staying = staying.without(sequence)
+        self.touch()
+
+    def counts(self, request_id: str) -> bool:
+        """Whether a reported request is still there, and not on its way elsewhere."""
+        return request_id not in self._going and request_id not in self._ended
 
     def expire(self, oldest: float) -> int:
         """Forget charges made before ``oldest``; returns how many."""
@@ -383,13 +417,13 @@ class InstanceLoad:
             self._accounts = frozenset(
                 s.account
                 for s in self.sequences
-                if not s.waits and not s.migrating and s.request_id not in self._going
+                if not s.waits and not s.migrating and self.counts(s.request_id)
             )
         return self._accounts
 
     def to_wait(self) -> list[SequenceLoad]:
         """What waits here, and what was sent and will have to."""
-        there = [s for s in self.sequences if not s.running and s.request_id not in self._going]
+        there = [s for s in self.sequences if not s.running and self.counts(s.request_id)]
         return there + self._late_charges()
 
     def room(self, view: LoadView) -> tuple[int, int]:
@@ -406,16 +440,18 @@ class InstanceLoad:
 
     def _late_charges(self) -> list[SequenceLoad]:
         """Of what was sent here, the last ones, for which there is no room."""
-        charges = [charge.sequence for charge in self.charges.values()]
-        view = self._view
-        if not charges or view is None or view.waiting:
-            return charges
-        free, running, late = view.free, view.running, 0
-        while late < len(charges) and (free < running - 1 or running > self.info.max_num_seqs):
-            late += 1
-            free += charges[-late].blocks
+        view, most = self._view, self.info.max_num_seqs
+        if view is None or view.waiting:
+            return [charge.sequence for charge in self.charges.values()]
+        free, running, late = view.free, view.running, []
+        for charge in reversed(self.charges.values()):
+            if free >= running - 1 and running <= most:
+                break
+            late.append(charge.sequence)
+            free += charge.sequence.blocks
             running -= 1
-        return charges[len(charges) - late :]
+        late.reverse()
+        return late
 
     # ---- views
 
@@ -459,7 +495,7 @@ class InstanceLoad:
         running = backlog = interactive = freed = 0
         waiting = []
         for sequence in self.sequences:
-            if sequence.request_id in self._going:
+            if not self.counts(sequence.request_id):
                 freed += sequence.blocks if sequence.running else 0
             elif sequence.running:
                 running += 1

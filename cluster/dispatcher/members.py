@@ -133,6 +133,13 @@ class Members:
         for load in list(self._book.charged.get(request_id, ())):
             load.release(request_id, epoch)
 
+    def finished(self, request_id: str, epoch: int) -> None:
+        """A request is over at its home."""
+        self.release(request_id, epoch)
+        load = self._book.reported.get(request_id)
+        if load is not None:
+            load.ended(request_id, epoch)
+
     def begin(self, transfer: Transfer) -> None:
         """A migration was started."""
         self.transfers[transfer.sequence.request_id] = transfer
@@ -191,6 +198,7 @@ class Members:
             sequence
             for sequence in self.loads[instance_id].sequences
             if sequence.request_id not in self.transfers
+            and self.loads[instance_id].counts(sequence.request_id)
         ]
 
     def view(self, load: InstanceLoad, now: float) -> LoadView:

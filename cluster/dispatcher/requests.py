@@ -135,7 +135,7 @@ class Requests:
         known = self._known.get(request_id)
         if known is None or known.epoch <= epoch:
             self._remember(request_id, _Known(epoch, None))
-        self._members.release(request_id, epoch)
+        self._members.finished(request_id, epoch)
         self.waiting.ended(request_id, epoch, now)
         return actions
 

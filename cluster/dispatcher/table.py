@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,24 @@ _STALE_WEIGHT = 0.5
 """What is left of a freeness whose report is about to make its instance suspect."""
 
 
+class _Open(NamedTuple):
+    """Instances that most requests choose from; see ``LoadTable.all_ready``.
+
+    Attributes:
+        rows: [n] their rows.
+        until: When the first of them would be suspect.
+        fresh: When the first report of them would be late.
+        model: The number of the model that all serve, or -1 if they differ.
+        capacity: Tokens that the smallest one's KV holds.
+    """
+
+    rows: NDArray[np.intp]
+    until: float
+    fresh: float
+    model: int
+    capacity: int
+
+
 class LoadTable:
     """One row per instance; a row's number is kept as long as its instance is known.
 
@@ -47,6 +65,7 @@ class LoadTable:
         self._config = config
         self._book = book
         self.rows: dict[str, int] = {}
+        self._facts: dict[int, tuple[bool, bool, bool, int, int]] = {}
         self._loads: list[InstanceLoad | None] = []
         self._vacant: list[int] = []
         self._models: dict[str, int] = {}
@@ -66,6 +85,8 @@ class LoadTable:
         self.headroom = np.zeros(size, np.int64)
         self.backlog = np.zeros(size, np.int64)
         self._speed: Floats | None = None
+        self._uniform = True
+        self._open: _Open | None = None
 
     @property
     def size(self) -> int:
@@ -90,9 +111,11 @@ class LoadTable:
         """Forget an instance; returns its row, which may be another's next."""
         row = self.rows.pop(name)
         self._loads[row] = None
+        self._facts.pop(row, None)
         self.alive[row] = False
         self.heard[row] = -math.inf
         self._vacant.append(row)
+        self._open = None
         return row
 
     def load(self, row: int) -> InstanceLoad:
@@ -120,13 +143,15 @@ class LoadTable:
 
     def _write(self, row: int, load: InstanceLoad, now: float) -> None:
         view = load.view(now, self._config)
-        self.heard[row] = load.heard
-        self.alive[row] = not load.left
-        self.draining[row] = load.drains
-        self.prompts[row] = view.role is not Role.DECODE
         model = view.info.model
-        self.model[row] = self._models.setdefault(model.name, len(self._models))
-        self.capacity[row] = view.total * model.block_size
+        number = self._models.setdefault(model.name, len(self._models))
+        facts = not load.left, load.drains, view.role is not Role.DECODE, number, view.total
+        if facts != self._facts.get(row) or now - self.heard[row] > self._config.suspect_after:
+            self._facts[row] = facts
+            self._open = None
+            self.alive[row], self.draining[row], self.prompts[row], self.model[row], _ = facts
+            self.capacity[row] = view.total * model.block_size
+        self.heard[row] = load.heard
         self.freeness[row] = view.placement_freeness()
         self.occupancy[row] = view.occupancy
         self.requests[row] = view.num_requests
@@ -159,8 +184,9 @@ class LoadTable:
         """Over the instances that may take requests, the most slack and the least backlog;
         None if there are none. Slack is in tokens, with the headroom."""
         self.refresh(now)
-        usable = self._usable(now - self.heard)
-        if not usable.any():
+        ready = self.all_ready(now)
+        usable = ready.rows if ready is not None else np.flatnonzero(self._usable(now - self.heard))
+        if not len(usable):
             return None
         return (
             int((self.slack + self.headroom)[usable].max()),
@@ -180,7 +206,39 @@ class LoadTable:
                 speed[(speed < _ALIKE) & (speed > 1 / _ALIKE)] = 1.0
                 speed = speed.clip(1 / _MOST, _MOST)
             self._speed = speed
+            self._uniform = bool((speed == 1.0).all())
         return self._speed
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all instances count as equally fast."""
+        self.speed()
+        return self._uniform
+
+    def all_ready(self, now: float) -> _Open | None:
+        """The ready instances that take prompts, if these are all that there are to choose from.
+
+        Kept until a fact about an instance changes, or one of them may have become suspect.
+        """
+        found = self._open
+        if found is None or now >= found.until:
+            usable = self._usable(now - self.heard) & self.prompts
+            rows = np.flatnonzero(usable)
+            if not len(rows):
+                return None
+            oldest = float(self.heard[rows].min())
+            if now - oldest > self._config.suspect_after:
+                return None
+            found = self._open = _Open(
+                rows=rows,
+                until=oldest + self._config.suspect_after,
+                fresh=oldest + self._config.report_interval,
+                model=int(self.model[rows[0]])
+                if (self.model[rows] == self.model[rows[0]]).all()
+                else -1,
+                capacity=int(self.capacity[rows].min()),
+            )
+        return found
 
     def candidates(
         self, request: PlaceRequest, now: float, since: float | None = None
@@ -192,6 +250,10 @@ class LoadTable:
         too small, and one that is there for decoding.
         """
         self.refresh(now)
+        ready = None if request.avoid else self.all_ready(now)
+        # One model is all there is, or the request does not say; and all are large enough.
+        if ready is not None and ready.model >= 0 and ready.capacity > request.num_tokens:
+            return Candidates(self, ready.rows, now)
         silent = now - self.heard
         usable = self._usable(silent)
         avoided = [self.rows[name] for name in request.avoid if name in self.rows]
@@ -269,10 +331,13 @@ class Candidates(Sequence[LoadView]):
         """
         table = self._table
         free = table.freeness[self.rows]
-        speed = table.speed()[self.rows]
-        if (speed != 1.0).any():
+        if not table.uniform:
+            speed = table.speed()[self.rows]
             free = np.where(free > 0, free * speed, free / speed)
         config = table._config
+        ready = table.all_ready(self._now)
+        if ready is not None and self._now <= ready.fresh:
+            return free
         late = self._now - table.heard[self.rows] - config.report_interval
         if late.max() > 0:
             span = max(config.suspect_after - config.report_interval, 1e-9)
@@ -312,7 +377,11 @@ class Candidates(Sequence[LoadView]):
 
     def best(self, score: Floats) -> LoadView:
         """The one of highest ``score`` [n]; ties by fewest requests, then by turn."""
-        at = np.flatnonzero(score == score.max())
+        top = int(score.argmax())
+        tied_with = score == score[top]
+        if np.count_nonzero(tied_with) == 1:
+            return self[top]
+        at = np.flatnonzero(tied_with)
         for column in (self._table.requests, self._table.turn):
             if len(at) == 1:
                 break

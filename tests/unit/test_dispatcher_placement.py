@@ -188,6 +188,7 @@ def test_load_equals_a_recomputation_from_the_newest_report(events) -> None:
         elif kind == "end":
             core.handle(Finished(key, 1), 0.0)
             charged.pop(key, None)
+            reported.pop(key, None)
         elif kind == "other":
             core.handle(Reported(report("i0", key, (), incarnation="b")), 0.0)
         else:
@@ -404,3 +405,18 @@ def test_a_restarted_dispatcher_learns_from_reports_where_requests_are() -> None
             found = world.core.locate(request_id, 0.0)
             assert found is not None
             assert found[0].info.instance_id == name
+
+
+def test_an_ended_request_frees_its_memory_before_the_next_report() -> None:
+    core = joined(dispatcher(), "i0")
+    held = (sequence("a", 30), sequence("b", 20, running=False), sequence("c", 10, epoch=2))
+    core.handle(Reported(report("i0", 2, held)), 0.0)
+    core.handle(Finished("a", 1), 0.1)
+    core.handle(Finished("b", 1), 0.1)
+    core.handle(Finished("c", 1), 0.1)
+    view = core.members.view(core.members.loads["i0"], 0.1)
+    assert (view.free, view.running, view.waiting) == (1000 - 10, 1, ())
+    core.handle(Finished("a", 1), 0.1)
+    assert core.members.view(core.members.loads["i0"], 0.1) == view
+    core.handle(Reported(report("i0", 3, held[2:])), 0.2)
+    assert core.members.view(core.members.loads["i0"], 0.2).free == 1000 - 10
