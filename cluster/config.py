@@ -16,6 +16,7 @@ from cluster.dispatcher.core import DispatcherConfig
 from cluster.dispatcher.load import LoadConfig
 from cluster.dispatcher.placement import POLICIES
 from cluster.dispatcher.rebalance import RebalanceConfig
+from cluster.dispatcher.requests import RequestConfig
 from cluster.dispatcher.scaling import ScalingConfig, instance_name
 from cluster.flags import (
     ConfigError,
@@ -29,6 +30,7 @@ from cluster.flags import (
     string,
     switch,
 )
+from cluster.tenant_file import load_tenants
 from cluster.user_policy import is_file_policy, load_function
 from instance.config import (
     EngineConfig,
@@ -249,6 +251,24 @@ class ServeConfig:
     priority_interval: int = setting(
         8, integer(1), "STEPS", _SCHEDULING, "steps between two looks at the tenants' service"
     )
+    tenants: str = setting(
+        "", string, "FILE", _SCHEDULING, "file of tenants' weights, classes and queue limits"
+    )
+    run_ahead: int = setting(
+        4,
+        integer(-1),
+        "N",
+        _SCHEDULING,
+        "requests that may wait at an instance, while the rest waits in the order of tenants' "
+        "service; -1: any number",
+    )
+    max_queued_requests: int = setting(
+        4096,
+        integer(0),
+        "N",
+        _SCHEDULING,
+        "requests of a class and those above it that wait for an instance; more are refused",
+    )
     host: str = setting("127.0.0.1", string, "ADDRESS", _HTTP, "address that the gateways bind")
     port: int = setting(8000, integer(0, 65535), "PORT", _HTTP, "TCP port; 0 picks a free one")
     gateways: int = setting(
@@ -462,9 +482,20 @@ class ServeConfig:
         )
 
     def dispatcher(self) -> DispatcherConfig:
-        """Settings of the dispatcher."""
+        """Settings of the dispatcher.
+
+        Raises:
+            ConfigError: the file of tenants cannot be used.
+        """
+        tenants = load_tenants(self.tenants)
         return DispatcherConfig(
             placement=self.placement,
+            requests=RequestConfig(
+                run_ahead=None if self.run_ahead < 0 else self.run_ahead,
+                max_queued=self.max_queued_requests,
+                tenants=tenants.tenants,
+                default_tenant=tenants.default,
+            ),
             load=LoadConfig(
                 report_interval=self.report_interval,
                 gone_after=max(self.grace, 4 * self.report_interval),

@@ -133,8 +133,9 @@ class Cluster:
         begun = time.monotonic()
         try:
             check_port(self.config.host, self.config.port)
+            dispatcher = self.config.dispatcher()  # reads a file, which may be wrong
             self._start_ray()
-            self._start_dispatcher()
+            self._start_dispatcher(dispatcher)
             infos = self._fleet.start()
             urls = self._start_gateways(min(info.model.max_model_len for info in infos))
             self._await_members(infos)
@@ -180,11 +181,9 @@ class Cluster:
             **common,
         )
 
-    def _start_dispatcher(self) -> None:
+    def _start_dispatcher(self, config: DispatcherConfig) -> None:
         self._clear_abandoned()
-        self._dispatcher = start_dispatcher(
-            self.config.dispatcher(), self.ref, self.config.redis_url
-        )
+        self._dispatcher = start_dispatcher(config, self.ref, self.config.redis_url)
 
     def _clear_abandoned(self) -> None:
         """Remove the dispatcher of a cluster of our name whose launcher was killed."""

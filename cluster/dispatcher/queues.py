@@ -151,6 +151,6 @@ class RequestQueues:
 
 def _seconds(requests: int, rate: Rate | None, now: float) -> float:
     per_second = 0.0 if rate is None else rate.at(now)
-    if per_second * LAST_RETRY < requests:
+    if per_second * LAST_RETRY <= requests:
         return LAST_RETRY
     return max(FIRST_RETRY, requests / per_second)
