@@ -9,6 +9,7 @@ steps at once, at its end or when something comes in between.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
@@ -24,15 +25,15 @@ from instance.fairness import service
 from instance.kv.copies import CopyJob
 from instance.leases import LeasedCounters
 from instance.model.modelled import ModelledExecutor
-from instance.request import Account, Sequence, StepPlan
+from instance.request import Sequence, StepPlan
 from instance.step_cost import StepCost
 
 DecodeListener = Callable[[SequenceOf[Sequence], SequenceOf[float]], None]
 """Told the sequences that drew one token at each of the times given."""
 
-LONGEST_STRETCH = 4096
-"""Steps in one stretch at most: their ends are computed ahead, and mostly in vain where
-something comes in between."""
+LONGEST_STRETCH = 48
+"""Steps in one stretch at most: their ends are computed ahead, in vain where something comes
+in between."""
 
 
 class SimulatedEngine(Engine):
@@ -123,19 +124,18 @@ class SimulatedEngine(Engine):
     def _begin_stretch(self, running: StepPlan, planned: StepPlan) -> None:
         """See how far the next steps are known, and let the last of them end the stretch."""
         answers, steps = self._answers, LONGEST_STRETCH
-        accounts: dict[Account, int] = {}
         for sequence, start, length, _ in running.rows:
             # The step that draws the last token of an answer is the last of the stretch.
-            drawn = start + length - sequence.num_prompt
-            steps = min(steps, answers.left(sequence.request_id, drawn) - 1)
+            left = answers.left(sequence.request_id, start + length - sequence.num_prompt) - 1
+            if left < steps:
+                steps = left
             if length != 1 or steps < 1 or sequence.silent:
                 return
-            accounts[sequence.account] = accounts.get(sequence.account, 0) + 1
-        for account, number in accounts.items():
+        for account, number in Counter(row.sequence.account for row in running.rows).items():
             # A used-up lease is reported as the step ends that used it up.
-            left = self._counters.left(account) / service(0, number)
-            if left < steps + 1:
-                steps = int(left) - 1
+            unpaid = self._counters.left(account) / service(0, number)
+            if unpaid < steps + 1:
+                steps = int(unpaid) - 1
         if steps > 0:
             steps = self.scheduler.steady_steps(running, planned, steps)
         if steps < 1:
