@@ -246,7 +246,7 @@ class Planner:
         A swapped-out one may be fetched ahead of a place in the batch.
 
         Args:
-            reserved: Others made way for it, so it enters even if it gets no row yet.
+            reserved: Others made way for it: if need be it gets a token of a prefill's.
         """
         entering = len(self._running) + self.num_loading
         full = entering >= self._max_num_seqs or len(draft.rows) >= self._max_num_seqs
@@ -265,8 +265,9 @@ class Planner:
         if self._swap is not None and self._swap.load(sequence, newcomer, ahead):
             return True
         self._queues.run(sequence)
-        if draft.budget > 0:
-            draft.put(sequence, min(sequence.num_tokens - sequence.num_computed, draft.budget))
+        if draft.budget > 0 or draft.make_room():
+            count = min(sequence.num_tokens - sequence.num_computed, max(1, draft.budget))
+            draft.put(sequence, count)
         return True
 
     def _enter_loaded(self, draft: Draft, may_preempt: bool) -> None:

@@ -1,13 +1,13 @@
-"""Tenants who share one scheduler: random demand, checked after every step.
+"""Tenants who share one scheduler, watched from outside.
 
-Time is counted in steps. The loop is the engine's: a step is planned while the one before
-runs. Tokens mean nothing here; what counts is who is served.
+The loop is the engine's: a step is planned while the one before runs. Tokens mean nothing
+here; what counts is who is served.
 """
 
 from __future__ import annotations
 
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 
 from instance.config import SchedulerConfig
 from instance.fairness import TenantCounters, service
@@ -15,7 +15,6 @@ from instance.kv.blocks import BlockPool
 from instance.priority import PreemptionReason
 from instance.request import (
     Account,
-    FinishReason,
     Request,
     RequestClass,
     SamplingParams,
@@ -26,51 +25,60 @@ from instance.request import (
 from instance.scheduler import Scheduler
 
 STANDARD = RequestClass.STANDARD
+Pair = tuple[Account, Account]
+
+
+class Recording(TenantCounters):
+    """Counters that also keep the plain service charged to each account."""
+
+    def __init__(self, weights: dict[str, float]) -> None:
+        super().__init__(weights)
+        self.charged: Counter[Account] = Counter()
+
+    def charge(self, account: Account, prompt: int, output: int) -> None:
+        super().charge(account, prompt, output)
+        self.charged[account] += int(service(prompt, output))
 
 
 class Tenants:
-    """A scheduler, its tenants' counters, and what an outsider sees of both.
+    """A scheduler and its tenants.
 
     Args:
         weights: By tenant.
         num_blocks: Of the pool; a block holds 4 tokens.
-        counters: To be tested; by default those of a lone instance.
+        counters: By default those of a lone instance.
         config: Of the scheduler.
 
     Attributes:
-        step: Steps so far.
-        served: Service by tenant and class, counted from plans and outputs alone.
+        steps: So far.
         theta: The largest so far.
         gap: Widest gap ever between the counters of two waiting tenants of a class.
         spread: Widest difference ever of the service by weight that two tenants received
             over a time in which both waited.
-        idle: Steps without a row although somebody could have run.
-        returns: Steps between a preemption and the victim's return, by the reason.
+        idle: Steps without a row although somebody waited.
+        preempted: Victims so far.
     """
 
     def __init__(
         self,
         weights: dict[str, float],
-        num_blocks: int = 4000,
-        counters: TenantCounters | None = None,
-        **config: int | float | bool,
+        num_blocks: int = 1000,
+        counters: Recording | None = None,
+        **config: int | float | bool | None,
     ) -> None:
         settings = {"max_model_len": 400, "enable_prefix_caching": False, **config}
         self.config = SchedulerConfig(**settings)  # type: ignore[arg-type]
         self.weights = weights
-        self.counters = counters or TenantCounters(weights)
+        self.counters = counters or Recording(weights)
         self.pool = BlockPool(num_blocks, 4)
         self.scheduler = Scheduler(self.config, self.pool, counters=self.counters)
-        self.step = 0
-        self.served: Counter[Account] = Counter()
-        self.requests: dict[str, Sequence] = {}
-        self.done: dict[str, int] = {}
+        self.steps = 0
+        self.theta = self.scheduler.priorities.theta
         self.gap = 0.0
         self.spread = 0.0
         self.idle = 0
-        self.theta = self.scheduler.priorities.theta
-        self._since: dict[tuple[Account, Account], float] = {}
-        self._extremes: defaultdict[tuple[Account, Account], list[float]] = defaultdict(list)
+        self.preempted: list[Sequence] = []
+        self._extremes: dict[Pair, tuple[float, float]] = {}
         self._launched: StepPlan | None = None
         self._planned: StepPlan | None = None
         self._number = 0
@@ -78,19 +86,13 @@ class Tenants:
     # ---- demand
 
     def submit(
-        self,
-        tenant: str,
-        prompt: int,
-        output: int,
-        request_class: RequestClass = STANDARD,
-        tokens: int | None = None,
+        self, tenant: str, prompt: int, output: int, request_class: RequestClass = STANDARD
     ) -> Sequence:
-        """A request of ``tenant``; ``tokens`` tells prompts with a shared beginning apart."""
-        name = f"{tenant}-{self._number}"
+        """A request whose prompt is like no other."""
         self._number += 1
         request = Request(
-            name,
-            (self._number if tokens is None else tokens,) * prompt,
+            f"{tenant}-{self._number}",
+            (self._number,) * prompt,
             SamplingParams(max_tokens=output),
             tenant=tenant,
             request_class=request_class,
@@ -98,78 +100,73 @@ class Tenants:
         )
         sequence = Sequence.start(request)
         self.scheduler.add(sequence)
-        self.requests[name] = sequence
         return sequence
 
-    def backlog(self, tenant: str, request_class: RequestClass = STANDARD) -> int:
-        """Requests of the tenant in the queue."""
-        return sum(1 for s in self.scheduler.waiting if s.account == (tenant, request_class))
+    def keep_waiting(self, rng: random.Random, sizes: dict[str, tuple[int, int]]) -> None:
+        """Let the tenants of ``sizes`` have requests that wait: prompt and output at most."""
+        queued = Counter(sequence.request.tenant for sequence in self.scheduler.waiting)
+        for tenant, (prompt, output) in sizes.items():
+            for _ in range(3 - queued[tenant]):
+                self.submit(tenant, rng.randint(1, prompt), rng.randint(1, output))
 
     # ---- steps
 
-    def advance(self) -> None:
+    def step(self) -> None:
         """End the running step, launch the next one and plan the one after it."""
-        self.step += 1
+        self.steps += 1
         core = self.scheduler
-        if self._launched is not None:
-            plan, self._launched = self._launched, None
-            for emission in core.complete(plan, [9] * sum(row.samples for row in plan.rows)):
-                self.served[emission.sequence.account] += int(service(0, len(emission.tokens)))
-                if emission.finish_reason is FinishReason.LENGTH:
-                    self.done[emission.sequence.request_id] = self.step
-            self._count_prompts(plan)
+        self._complete()
         self.at_boundary()
         plan = self._planned or core.schedule()
         self._planned = None
         core.patch(plan)
+        self.preempted += plan.preempted
         self._check_plan(plan)
         if plan.rows:
             self._launched = plan
             self._planned = core.schedule()
         elif core.waiting:
             self.idle += 1
-        core.check_integrity()
+        if self.steps % 16 == 0:
+            core.check_integrity()
         self.theta = max(self.theta, core.priorities.theta)
         self._look()
+
+    def run(self, limit: int = 20_000) -> None:
+        """Step until nothing is left to do."""
+        while self.scheduler.has_work() or self._launched is not None:
+            limit -= 1
+            assert limit > 0, "sequences starve"
+            self.step()
+        self.scheduler.check_integrity()
+        assert self.pool.num_free == self.pool.num_usable
 
     def at_boundary(self) -> None:
         """What happens while no step is launched."""
 
-    def boundary_drop(self, sequence: Sequence) -> None:
-        """Take a sequence out, as a migration does."""
+    def take_out(self, sequence: Sequence) -> None:
+        """As a migration does, at a boundary."""
         if self._planned is not None:
             self.scheduler.drop(self._planned, sequence)
         self.scheduler.take_out(sequence)
 
-    def _count_prompts(self, plan: StepPlan) -> None:
-        """Prompt positions that were computed for the first time."""
-        for sequence, start, length, _ in plan.rows:
-            if sequence.status is SequenceStatus.FINISHED and sequence.finish_reason in (
-                FinishReason.ABORT,
-                FinishReason.NOT_FINISHED,
-            ):
-                continue
-            name = sequence.request_id
-            before = self._prompts.get(name, max(0, sequence.num_cached))
-            now = max(before, min(start + length, sequence.num_prompt))
-            self._prompts[name] = now
-            self.served[sequence.account] += int(service(now - before, 0))
-
-    @property
-    def _prompts(self) -> dict[str, int]:
-        return self.__dict__.setdefault("_prompt_marks", {})
+    def _complete(self) -> None:
+        plan, self._launched = self._launched, None
+        if plan is not None:
+            self.scheduler.complete(plan, [9] * sum(row.samples for row in plan.rows))
 
     def _check_plan(self, plan: StepPlan) -> None:
         assert len(plan.rows) <= self.config.max_num_seqs
         assert plan.num_tokens <= self.config.max_num_batched_tokens
-        served = {row.sequence for row in plan.rows}
-        assert not served.intersection(plan.preempted)
-        decodes = [
-            s
-            for s in self.scheduler.running
-            if s.num_tokens - s.num_computed == 1 and s not in served
-        ]
-        assert not decodes, "a decode was skipped"
+        rows = {row.sequence for row in plan.rows}
+        if len(rows) < self.scheduler.max_num_seqs:
+            for sequence in self.scheduler.running:
+                if sequence.num_tokens - sequence.num_computed == 1:
+                    assert sequence in rows, "a decode was skipped"
+        for sequence in rows:
+            assert sequence.status is SequenceStatus.RUNNING
+
+    # ---- what an outsider sees
 
     def _look(self) -> None:
         for request_class in RequestClass:
@@ -179,32 +176,22 @@ class Tenants:
             self._look_at_pairs(request_class, sorted(waiting))
 
     def _look_at_pairs(self, request_class: RequestClass, waiting: list[str]) -> None:
-        pairs = {
-            ((one, request_class), (other, request_class))
-            for one in waiting
-            for other in waiting
-            if one < other
-        }
-        for pair in [p for p in self._extremes if p[0][1] is request_class and p not in pairs]:
-            del self._extremes[pair]
-        for one, other in pairs:
-            level = (
-                self.served[one] / self.weights[one[0]]
-                - self.served[other] / self.weights[other[0]]
-            )
-            low, high = self._extremes.get((one, other)) or (level, level)
-            low, high = min(low, level), max(high, level)
-            self._extremes[one, other] = [low, high]
-            self.spread = max(self.spread, high - low)
-
-    # ---- bounds
+        charged, weights = self.counters.charged, self.weights
+        old = self._extremes
+        self._extremes = {p: v for p, v in old.items() if p[0][1] is not request_class}
+        for at, first in enumerate(waiting):
+            for second in waiting[at + 1 :]:
+                pair = (first, request_class), (second, request_class)
+                level = charged[pair[0]] / weights[first] - charged[pair[1]] / weights[second]
+                low, high = old.get(pair, (level, level))
+                self._extremes[pair] = low, high = min(low, level), max(high, level)
+                self.spread = max(self.spread, high - low)
 
     @property
     def increment(self) -> float:
         """Service by weight that a tenant may be given in a step at most."""
-        config = self.config
-        batch = min(config.max_num_seqs, config.max_num_batched_tokens)
-        return service(config.max_num_batched_tokens, batch) / min(self.weights.values())
+        step = service(self.config.max_num_batched_tokens, self.scheduler.max_num_seqs)
+        return step / min(self.weights.values())
 
     @property
     def bound(self) -> float:
@@ -212,12 +199,6 @@ class Tenants:
         # A reading is used for so many steps, and one step runs while another is planned.
         return self.theta + self.increment * (self.config.priority_interval + 2)
 
-    def preemptions(self, reason: PreemptionReason) -> int:
+    def count(self, reason: PreemptionReason) -> int:
+        """Preemptions so far."""
         return self.scheduler.figures.preemptions[reason]
-
-
-def keep_backlog(tenants: Tenants, rng: random.Random, sizes: dict[str, tuple[int, int]]) -> None:
-    """Let every tenant named in ``sizes`` always have requests that wait."""
-    for tenant, (prompt, output) in sizes.items():
-        while tenants.backlog(tenant) < 3:
-            tenants.submit(tenant, rng.randint(1, prompt), rng.randint(1, output))
