@@ -377,6 +377,13 @@ class InstanceLoad:
         for request_id in list(self.charges):
             self._drop(request_id)
 
+    def forget(self) -> None:
+        """Let go of all that is shared; the instance is gone for good, or started anew."""
+        self.clear()
+        for request_id in self._by_id:
+            if self._book.reported.get(request_id) is self:
+                del self._book.reported[request_id]
+
     def _drop(self, request_id: str) -> None:
         charge = self.charges.pop(request_id, None)
         if charge is not None:

@@ -62,7 +62,7 @@ class Members:
             return "known"
         fresh = InstanceLoad(info, now, self._book)
         if load is not None:
-            load.clear()
+            load.forget()
             for transfer in list(self.transfers.values()):
                 if info.instance_id in (transfer.source, transfer.destination):
                     self.end(transfer.sequence.request_id)
@@ -123,6 +123,7 @@ class Members:
             if load.state(now, self._config) is InstanceState.GONE:
                 load.clear()
                 if now - load.heard > self._config.forget_after:
+                    load.forget()
                     del self.loads[name]
                     self.prefixes.drop(self.table.remove(name))
                     self._untold.pop(name, None)
