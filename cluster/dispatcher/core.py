@@ -36,13 +36,7 @@ from cluster.dispatcher.events import (
 )
 from cluster.dispatcher.fairness import FairnessLedger, Source
 from cluster.dispatcher.ledger_feed import LedgerFeed
-from cluster.dispatcher.load import (
-    InstanceLoad,
-    InstanceState,
-    LoadConfig,
-    LoadView,
-    blocks_for,
-)
+from cluster.dispatcher.load import InstanceLoad, LoadConfig, blocks_for
 from cluster.dispatcher.members import Members
 from cluster.dispatcher.messages import ClusterView, PlaceRequest
 from cluster.dispatcher.migrations import Migrations
@@ -55,6 +49,7 @@ from cluster.dispatcher.requests import RequestConfig, Requests
 from cluster.dispatcher.scaling import Scaler, ScalingConfig
 from cluster.dispatcher.table import Candidates
 from cluster.dispatcher.tenants import TenantPolicy, policy_from_json, policy_to_json
+from cluster.dispatcher.views import InstanceState, LoadView
 from instance.load import InstanceInfo, LoadReport, Role, SequenceLoad
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Set
 
-from cluster.dispatcher.load import InstanceState, LoadView
 from cluster.dispatcher.rebalance import Move, Round, best_destination, suits
+from cluster.dispatcher.views import InstanceState, LoadView
 from instance.load import Role, SequenceLoad
 
 

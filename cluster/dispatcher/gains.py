@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from cluster.dispatcher.load import LoadView
 from cluster.dispatcher.rebalance import (
     Move,
     Round,
@@ -24,6 +23,7 @@ from cluster.dispatcher.rebalance import (
     suits,
     with_arrival,
 )
+from cluster.dispatcher.views import LoadView
 from instance.load import InstanceInfo, Role, SequenceLoad
 from instance.request import Account, RequestClass
 

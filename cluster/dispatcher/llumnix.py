@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 
-from cluster.dispatcher.load import InstanceState, LoadView
 from cluster.dispatcher.rebalance import Move, Round, compatible
+from cluster.dispatcher.views import InstanceState, LoadView
 
 THRESHOLD = 3.0
 """Remaining steps that divide sources from destinations."""

@@ -7,17 +7,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from cluster.dispatcher.load import (
-    Book,
-    InstanceLoad,
-    InstanceState,
-    LoadConfig,
-    LoadView,
-    Transfer,
-)
+from cluster.dispatcher.load import Book, InstanceLoad, LoadConfig, Transfer
 from cluster.dispatcher.messages import ClusterView, InstanceView, PlaceRequest
 from cluster.dispatcher.prefix_index import PrefixIndex
 from cluster.dispatcher.table import Candidates, LoadTable
+from cluster.dispatcher.views import InstanceState, LoadView
 from instance.load import InstanceInfo, LoadReport, Role, SequenceLoad
 
 _ASK_INTERVAL = 2.0

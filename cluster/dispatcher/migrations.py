@@ -18,7 +18,7 @@ from cluster.dispatcher.gains import (
 )
 from cluster.dispatcher.links import LinkRates
 from cluster.dispatcher.llumnix import plan_llumnix
-from cluster.dispatcher.load import InstanceLoad, InstanceState, LoadView, Transfer
+from cluster.dispatcher.load import InstanceLoad, Transfer
 from cluster.dispatcher.members import Members
 from cluster.dispatcher.rebalance import (
     Cooldowns,
@@ -27,6 +27,7 @@ from cluster.dispatcher.rebalance import (
     Round,
     best_destination,
 )
+from cluster.dispatcher.views import InstanceState, LoadView
 from instance.load import MigrationReport, Role, SequenceLoad
 
 MOVED = "moved"

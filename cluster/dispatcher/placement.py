@@ -14,9 +14,9 @@ from typing import Protocol
 import numpy as np
 
 from cluster.dispatcher.llumnix import remaining_steps
-from cluster.dispatcher.load import LoadView
 from cluster.dispatcher.messages import PlaceRequest
 from cluster.dispatcher.table import Candidates
+from cluster.dispatcher.views import LoadView
 
 
 class Uniform(Protocol):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from cluster.dispatcher.links import LinkRates
-from cluster.dispatcher.load import InstanceState, LoadView
+from cluster.dispatcher.views import InstanceState, LoadView
 from instance.load import Role, SequenceLoad
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.dispatcher.load import InstanceState, LoadView
+from cluster.dispatcher.views import InstanceState, LoadView
 from instance.load import Role
 
 START, STOP = "start", "stop"

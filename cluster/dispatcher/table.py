@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.dispatcher.load import Book, InstanceLoad, InstanceState, LoadConfig, LoadView
+from cluster.dispatcher.load import Book, InstanceLoad, LoadConfig
 from cluster.dispatcher.messages import PlaceRequest
+from cluster.dispatcher.views import InstanceState, LoadView
 from instance.load import Role
 
 Floats = NDArray[np.float64]

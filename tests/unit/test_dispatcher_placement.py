@@ -19,9 +19,10 @@ from cluster.dispatcher.events import (
     Reported,
     Tick,
 )
-from cluster.dispatcher.load import InstanceLoad, InstanceState, LoadConfig, blocks_for
+from cluster.dispatcher.load import InstanceLoad, LoadConfig, blocks_for
 from cluster.dispatcher.placement import POLICIES
 from cluster.dispatcher.requests import RequestConfig
+from cluster.dispatcher.views import InstanceState
 from instance.request import RequestClass
 from tests.unit.dispatching import (
     BLOCK_SIZE,

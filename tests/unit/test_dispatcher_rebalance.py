@@ -21,8 +21,9 @@ from cluster.dispatcher.events import (
     StartMigration,
     Tick,
 )
-from cluster.dispatcher.load import InstanceLoad, InstanceState, LoadView
+from cluster.dispatcher.load import InstanceLoad
 from cluster.dispatcher.rebalance import RebalanceConfig, gain
+from cluster.dispatcher.views import InstanceState, LoadView
 from instance.load import MigrationReport
 from instance.request import RequestClass
 from tests.unit.dispatching import World, ask, dispatcher, info, placed, report, sequence

@@ -11,10 +11,10 @@ import pytest
 from cluster.config import placement_policy
 from cluster.dispatcher.core import Dispatcher, DispatcherConfig
 from cluster.dispatcher.events import Joined, PlaceRequested, Reported, Tick
-from cluster.dispatcher.load import LoadView
 from cluster.dispatcher.overrides import POLICY, key
 from cluster.dispatcher.placement import NamedPolicy
 from cluster.dispatcher.policies import EvenSequence, PolicyFailed
+from cluster.dispatcher.views import LoadView
 from cluster.flags import ConfigError
 from cluster.user_policy import GuardedPolicy, file_policies, is_file_policy
 from tests.unit.dispatching import ask, dispatcher, info, placed, report, sequence

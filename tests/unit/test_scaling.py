@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cluster.config import ServeConfig, role_count
 from cluster.dispatcher.events import Joined, Reported, ScalingEnded, Tick
-from cluster.dispatcher.load import InstanceLoad, InstanceState, LoadConfig, LoadView
+from cluster.dispatcher.load import InstanceLoad, LoadConfig
 from cluster.dispatcher.scaling import (
     START,
     STOP,
@@ -20,6 +20,7 @@ from cluster.dispatcher.scaling import (
     ScalingConfig,
     cluster_freeness,
 )
+from cluster.dispatcher.views import InstanceState, LoadView
 from cluster.flags import ConfigError
 from instance.load import Role
 from tests.unit.dispatching import dispatcher, info, report, sequence
