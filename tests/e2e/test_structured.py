@@ -84,7 +84,7 @@ def disturbed(
     stream = cluster.client().chat.completions.create(stream=True, **request)
     for pieces, part in enumerate(stream, 1):
         text += "".join(choice.delta.content or "" for choice in part.choices)
-        if pieces % 10 == 0 and len(reports) < times:
+        if pieces % 5 == 0 and len(reports) < times:
             reports.append(act(part.id))
     return text, reports
 
