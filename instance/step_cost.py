@@ -10,11 +10,6 @@ import numpy as np
 from instance.executor import StepBatch
 
 
-def attended(start: int, length: int) -> int:
-    """Positions that the positions [start, start + length) attend to, themselves too, summed."""
-    return length * start + length * (length + 1) // 2
-
-
 @dataclass(frozen=True, slots=True)
 class StepCost:
     """Cost of a step, all in seconds but the last.
@@ -53,7 +48,8 @@ class StepCost:
 
         Args:
             prefill: Positions of rows that have several.
-            prefill_context: Positions that these attend to, summed; see ``attended``.
+            prefill_context: Positions that these attend to, summed; see
+                ``instance.budget.attended``.
             decodes: Rows of one position.
             decode_context: KV positions that these read, summed.
         """

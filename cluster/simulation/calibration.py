@@ -14,12 +14,12 @@ import grpc.aio
 from cluster.simulation.profile import LinkCost
 from cluster.simulation.profile_fit import CopySample, StepSample, fit_link
 from instance import wire
+from instance.budget import attended
 from instance.config import MigrationConfig, SchedulerConfig
 from instance.executor import Copier, CopyRun, Executor, KvPool, StepBatch, StepResult
 from instance.migration.transports.grpc import send_blocks, write_chunk
 from instance.request import Request, Row, SamplingParams, StepPlan
 from instance.request import Sequence as LiveSequence
-from instance.step_cost import attended
 from protos import migration_pb2 as pb
 from protos import migration_pb2_grpc
 
@@ -27,6 +27,8 @@ Progress = Callable[[str], None]
 
 _STEP_TIMEOUT = 600.0
 _MIB = 1 << 20
+_COPIED_BYTES = 512 * _MIB
+"""Of the pools, copies touch so many bytes: more than caches hold."""
 
 
 class CalibrationError(Exception):
@@ -177,27 +179,36 @@ def measure_copies(
         copier: Idle; what the host pool holds, or with copies inward the pool, is overwritten.
         num_blocks: Blocks of the pool.
         outward: To the host pool, not from it.
-        repeats: Copies that count of each shape; a further one goes before them.
+        repeats: Copies of each shape, of which the fastest counts: what a busy machine adds
+            is no property of the copy. A further one goes before them.
         progress: Told each shape's result.
 
     Raises:
         CalibrationError: if the pools are too small for two shapes.
     """
-    shapes = copy_shapes(min(num_blocks, copier.num_host_blocks))
+    limit = min(num_blocks, copier.num_host_blocks, max(80, _COPIED_BYTES // copier.block_bytes))
+    shapes = copy_shapes(limit)
     if len(shapes) < 2:
         raise CalibrationError("the KV pools are too small to measure copies")
+    # Memory that nothing was written to yet is slow to write and too fast to read.
+    for way in (True, False):
+        _copy(copier, [CopyRun(1, 1, limit - 1)], way)
+    seconds: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
+    for turn in range(repeats + 1):
+        for number, (runs, count) in enumerate(shapes):
+            # Elsewhere each time, and one shape after the other: caches would flatter.
+            room = limit - runs * (count + 1)
+            first = 1 + (turn * 7919 + number * 104_729) % room
+            # A block lies between two runs, so that they stay runs.
+            starts = [first + index * (count + 1) for index in range(runs)]
+            jobs = [CopyRun(start, start, count) for start in starts]
+            seconds[runs, count].append(_copy(copier, jobs, outward))
     found = []
-    for number, (runs, count) in enumerate(shapes, 1):
-        # A block lies between two runs, so that they stay runs.
-        starts = [1 + index * (count + 1) for index in range(runs)]
-        jobs = [CopyRun(start, start, count) for start in starts]
-        seconds = [_copy(copier, jobs, outward) for _ in range(repeats + 1)]
-        sample = CopySample(
-            runs, runs * count * copier.block_bytes, max(1e-9, statistics.median(seconds[1:]))
-        )
-        way = "to" if outward else "from"
+    for number, ((runs, count), taken) in enumerate(seconds.items(), 1):
+        sample = CopySample(runs, runs * count * copier.block_bytes, max(1e-9, min(taken[1:])))
+        side = "to" if outward else "from"
         progress(
-            f"copy {number}/{len(shapes)} {way} host memory: {runs} x "
+            f"copy {number}/{len(shapes)} {side} host memory: {runs} x "
             f"{count * copier.block_bytes / _MIB:.2f} MiB: {_rate(sample)}"
         )
         found.append(sample)
@@ -246,10 +257,8 @@ def measure_link(
     """
     half = (num_blocks - 1) // 2
     most = min(half, max(8, 64 * _MIB // kv.block_bytes))
-    runs = min(16, half // 2)
-    shapes = list(
-        dict.fromkeys([*((1, most // share) for share in (8, 4, 2, 1)), (1, 1), (runs, 1)])
-    )
+    split = [(runs, count) for runs in (4, 16) for count in (1, 4) if runs * (count + 1) <= half]
+    shapes = list(dict.fromkeys([*((1, most // n) for n in (8, 4, 2, 1)), (1, 1), *split]))
     if most < 8:
         raise CalibrationError("the KV pool is too small to measure the link")
     found = asyncio.run(_measure_link(kv, half, shapes, repeats, progress))
@@ -274,10 +283,9 @@ async def _measure_link(
             f"127.0.0.1:{port}", options=wire.CHANNEL_OPTIONS
         ) as channel:
             stub = migration_pb2_grpc.MigrationStub(channel)
-            for number, (runs, count) in enumerate(shapes, 1):
-                blocks = list(_spread(runs, count))
-                seconds = []
-                for _ in range(repeats + 1):
+            seconds: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
+            for _ in range(repeats + 1):
+                for runs, count in shapes:
                     began = time.perf_counter()
                     await send_blocks(
                         stub,
@@ -286,15 +294,14 @@ async def _measure_link(
                         attempt="calibration",
                         stage=0,
                         first=0,
-                        blocks=blocks,
+                        blocks=list(_spread(runs, count)),
                         chunk_bytes=MigrationConfig().chunk_bytes,
                         share=None,
                         timeout=_STEP_TIMEOUT,
                     )
-                    seconds.append(time.perf_counter() - began)
-                sample = CopySample(
-                    runs, len(blocks) * kv.block_bytes, statistics.median(seconds[1:])
-                )
+                    seconds[runs, count].append(time.perf_counter() - began)
+            for number, ((runs, count), taken) in enumerate(seconds.items(), 1):
+                sample = CopySample(runs, runs * count * kv.block_bytes, min(taken[1:]))
                 progress(
                     f"link {number}/{len(shapes)}: {runs} x "
                     f"{count * kv.block_bytes / _MIB:.2f} MiB: {_rate(sample)}"

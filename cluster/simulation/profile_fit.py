@@ -107,33 +107,37 @@ def _fit(features: Floats, seconds: Floats) -> tuple[Floats, float]:
 def fit_copies(samples: Sequence[CopySample]) -> CopyCost:
     """Bandwidth and launch cost with the least relative errors.
 
+    Where more bytes took no longer, the bandwidth is the highest that was seen.
+
     Raises:
-        ValueError: if there are fewer than two samples, or copies that take no time.
+        ValueError: if there are fewer than two samples.
     """
     if len(samples) < 2:
         raise ValueError("two copies are too few" if samples else "no copy was measured")
     features = np.array([(one.copies, one.num_bytes) for one in samples], float)
     costs, _ = _fit(features, np.array([one.seconds for one in samples]))
     launch, byte = costs.tolist()
-    if byte <= 0:
-        raise ValueError("more bytes took no longer: the rate cannot be told")
-    return CopyCost(1.0 / byte, launch)
+    return CopyCost(_bandwidth(byte, samples), launch)
+
+
+def _bandwidth(byte: float, samples: Sequence[CopySample]) -> float:
+    return 1.0 / byte if byte > 0 else max(one.num_bytes / one.seconds for one in samples)
 
 
 def fit_link(samples: Sequence[CopySample]) -> LinkCost:
     """Costs of a link, from copies that a reply follows: two messages each.
 
+    Where more bytes took no longer, the bandwidth is the highest that was seen.
+
     Raises:
-        ValueError: if there are fewer than three samples, or copies that take no time.
+        ValueError: if there are fewer than three samples.
     """
     if len(samples) < 3:
         raise ValueError(f"{len(samples)} copies are too few to fit a link")
     features = np.array([(1, one.copies, one.num_bytes) for one in samples], float)
     costs, _ = _fit(features, np.array([one.seconds for one in samples]))
     both, launch, byte = costs.tolist()
-    if byte <= 0:
-        raise ValueError("more bytes took no longer: the rate cannot be told")
-    return LinkCost(1.0 / byte, launch, both / 2)
+    return LinkCost(_bandwidth(byte, samples), launch, both / 2)
 
 
 def relative_error(sample: StepSample, cost: StepCost) -> float:

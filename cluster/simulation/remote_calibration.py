@@ -17,8 +17,8 @@ from cluster.simulation.profile import CostProfile
 from cluster.simulation.profile_check import Check, check_fit
 from cluster.simulation.profile_fit import StepSample, fit_steps, predict_step
 from cluster.simulation.workloads.records import token_ids
+from instance.budget import attended
 from instance.executor import ModelDescription
-from instance.step_cost import attended
 
 _MODEL = TypeAdapter(ModelDescription)
 _OUTPUT = 24

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from instance.budget import attended
 from instance.executor import StepBatch
 from instance.request import Request, Row, SamplingParams, Sequence, StepPlan
-from instance.step_cost import StepCost, attended
+from instance.step_cost import StepCost
 
 costs = st.builds(
     StepCost,
@@ -26,11 +27,6 @@ def batch(shape: list[tuple[int, int]]) -> StepBatch:
         sequence.block_table = list(range(1, 100))
         made.append(Row(sequence, start, count, True))
     return StepBatch.build(StepPlan(0, made), 4)
-
-
-@given(st.integers(0, 500), st.integers(0, 100))
-def test_attended(start: int, length: int) -> None:
-    assert attended(start, length) == sum(p + 1 for p in range(start, start + length))
 
 
 @given(costs, rows)
