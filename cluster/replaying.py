@@ -20,6 +20,7 @@ from cluster.flags import ConfigError, integer, number
 from cluster.replay.client import CompletionClient, ServerError
 from cluster.replay.results import Goals, format_summary, summarize
 from cluster.replay.run import Replay, ReplaySettings
+from cluster.simulation.workloads import jsonl
 from cluster.simulation.workloads.records import WorkloadError, WorkloadRequest
 from cluster.simulation.workloads.sources import describe_sources, load_workload
 
@@ -70,6 +71,9 @@ def add_commands(command: Callable[[str, str, str], argparse.ArgumentParser]) ->
         default=[],
         help="goals of a good request: ttft:MS, tpot:MS, e2el:MS",
     )
+    parser.add_argument(
+        "--write-workload", metavar="FILE", help="write the requests there and send nothing"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     parser.add_argument(
         "--save-detailed", action="store_true", help="with the figures of every request"
@@ -94,9 +98,13 @@ def run(given: argparse.Namespace) -> None:
     keys = _keys(given.keys)
     if given.json and not Path(given.json).absolute().parent.is_dir():
         raise CommandError(f"--json: there is no folder for {given.json}")
-    url = AdminClient.find(given.url, None).url
     try:
         requests = load_workload(given.workload, seed)
+        if given.write_workload:
+            text = "".join(f"{line}\n" for line in jsonl.write(requests))
+            _write("--write-workload", Path(given.write_workload), text)
+            return
+        url = AdminClient.find(given.url, None).url
         replay, interrupted = asyncio.run(
             _replay(given, url, requests, seed, vocab_size, keys, settings)
         )
@@ -115,7 +123,7 @@ def run(given: argparse.Namespace) -> None:
     }
     print(format_summary(summary), flush=True)
     if given.json:
-        _write(Path(given.json), summary)
+        _write("--json", Path(given.json), json.dumps(summary, indent=2) + "\n")
     if interrupted:
         raise CommandError("interrupted: these are the figures until then")
 
@@ -217,10 +225,10 @@ def _keys(path: str | None) -> dict[str, str]:
     return {str(tenant): key for tenant, key in content.items()}
 
 
-def _write(path: Path, summary: dict[str, Any]) -> None:
+def _write(flag: str, path: Path, text: str) -> None:
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        fresh.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        fresh.write_text(text, encoding="utf-8")
         fresh.replace(path)
     except OSError as error:
-        raise CommandError(f"--json: {error}") from None
+        raise CommandError(f"{flag}: {error}") from None

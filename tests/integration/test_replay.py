@@ -23,6 +23,7 @@ from cluster.simulation.profile_files import load_profile
 from cluster.simulation.remote_calibration import members
 from cluster.simulation.workloads.generators import ThinkTime, sessions, single_requests
 from cluster.simulation.workloads.records import WorkloadRequest
+from cluster.simulation.workloads.sources import load_workload
 from instance.step_cost import StepCost
 from tests.integration.modelled_gateway import PRINTABLE, modelled_gateway
 
@@ -123,6 +124,15 @@ def test_the_command(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
     told = capsys.readouterr().out
     assert "time to first token" in told
     assert "tenant-2" in told
+
+
+def test_a_workload_may_be_written_instead(tmp_path: Path) -> None:
+    path = tmp_path / "workload.jsonl"
+    workload = "sessions?sessions=5&system=9"
+    assert cli.main(["replay", workload, "--seed", "3", "--write-workload", str(path)]) == 0
+    assert load_workload(f"drover:{path}") == load_workload(workload, 3)
+    lost = str(tmp_path / "no" / "x.jsonl")
+    assert cli.main(["replay", workload, "--write-workload", lost]) == 1
 
 
 @pytest.mark.parametrize(
