@@ -107,6 +107,18 @@ class Planner:
         if self._hopeless is sequence:
             self._hopeless = None
 
+    def closed_for(self, number: int) -> int:
+        """After plan ``number``, plans in which nobody can enter or displace another, as long as
+        the batch only decodes; 0 where that is not certain."""
+        if self._paused or self.num_loading or self._promised is not None:
+            return 0
+        entrant = self._next()
+        if entrant is None or entrant is not self._hopeless or entrant.num_in_flight:
+            return 0
+        # What it lacks can only grow, and it is not tried again before the next reading.
+        blocks, seats = self._lack(entrant)
+        return max(0, self._read_due - number - 1) if blocks > 0 or seats > 0 else 0
+
     def fill(self, draft: Draft, may_preempt: bool) -> None:
         """Give rows to all that have none yet, as far as the step's limits allow.
 
@@ -326,7 +338,7 @@ class Planner:
             return self._displace(draft, sequence, blocks, seats)
         # Decodes of a tenant far ahead may also take the tokens that it needs. One of a less
         # urgent class does not leave for that: prefills end, and theirs pause.
-        return draft.budget <= 0 and self._displace(draft, sequence, 0, 1, only_fairness=True)
+        return draft.budget <= 0 and self._displace(draft, sequence, 0, 1, for_tokens=True)
 
     def _displace(
         self,
@@ -334,20 +346,21 @@ class Planner:
         sequence: Sequence,
         blocks: int,
         seats: int,
-        only_fairness: bool = False,
+        for_tokens: bool = False,
     ) -> bool:
         if sequence is self._hopeless:
             return False
-        victims = self._choose(sequence, blocks, seats, only_fairness)
+        victims = self._choose(sequence, blocks, seats, for_tokens)
         if victims is None:
-            self._hopeless = sequence
+            if not for_tokens:
+                self._hopeless = sequence
             return False
         for victim, reason in victims:
             self._preempt(draft, victim, reason)
         return True
 
     def _choose(
-        self, sequence: Sequence, blocks: int, seats: int, only_fairness: bool = False
+        self, sequence: Sequence, blocks: int, seats: int, for_tokens: bool = False
     ) -> list[tuple[Sequence, PreemptionReason]] | None:
         shared = self._tables.hits(sequence) if blocks > 0 else ()
         references = self._tables.pool.num_references
@@ -359,7 +372,7 @@ class Planner:
             references,
             self._budget.beside,
             shared,
-            only_fairness,
+            for_tokens,
         )
 
     def _grow(self, draft: Draft, sequence: Sequence, count: int) -> bool:

@@ -379,8 +379,15 @@ class Scheduler:
             planned: The one after it.
         """
         if self.waiting:
-            return 0
-        return steady_steps(launched, planned, self.running, self._limits, self._tables, most)
+            most = min(most, self._planner.closed_for(planned.number))
+        spare = 0
+        if self.swap is not None:
+            if not self.swap.quiet:
+                return 0
+            spare = self.swap.short_below
+        return steady_steps(
+            launched, planned, self.running, self._limits, self._tables, most, spare
+        )
 
     def advance_decodes(
         self,

@@ -23,6 +23,7 @@ def steady_steps(
     limits: Limits,
     tables: BlockTables,
     most: int,
+    spare: int,
 ) -> int:
     """How many steps can end so that the plans made meanwhile are like ``planned``.
 
@@ -33,12 +34,13 @@ def steady_steps(
         limits: Where sequences end.
         tables: Blocks must suffice for all these plans.
         most: No more than so many.
+        spare: Blocks that must stay free.
 
     Returns:
         0 where the two plans are not such steps.
     """
     count = len(running)
-    if not count or len(launched.rows) != count or len(planned.rows) != count:
+    if most < 1 or not count or len(launched.rows) != count or len(planned.rows) != count:
         return 0
     for plan in (launched, planned):
         for _, _, length, samples in plan.rows:
@@ -50,7 +52,7 @@ def steady_steps(
             return 0
         # The plan ``steps`` after ``planned`` still has a row for it.
         steps = min(steps, limits.length(sequence) - len(sequence.tokens) - 2)
-    size, free = tables.pool.block_size, tables.pool.num_free
+    size, free = tables.pool.block_size, tables.pool.num_free - spare
 
     def wanted(steps: int) -> int:
         return sum(
@@ -58,8 +60,10 @@ def steady_steps(
             for sequence in running
         )
 
-    if steps < 1 or wanted(steps) <= free:
-        return max(0, steps)
+    if steps < 1 or free < 0:
+        return 0
+    if wanted(steps) <= free:
+        return steps
     low, high = 0, steps
     while high - low > 1:
         middle = (low + high) // 2

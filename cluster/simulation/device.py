@@ -11,6 +11,7 @@ from cluster.simulation.profile import CostProfile
 from instance.clock import Clock
 from instance.executor import ModelDescription
 from instance.model.modelled import ModelledExecutor
+from instance.model.modelled_copier import ModelledCopier
 from instance.step_cost import StepCost
 
 
@@ -50,16 +51,29 @@ def vocabulary(model: ModelDescription) -> tuple[range, int]:
     return widest, ends[0]
 
 
-def device(profile: CostProfile, share: float) -> DeviceMaker:
+def device(profile: CostProfile, share: float, host_bytes: float = 0.0) -> DeviceMaker:
     """Makes the device of a profile.
 
     Args:
         share: Bytes per second that migrations may send beside decoding; 0 is unlimited.
+        host_bytes: Host memory for KV at most; the profile may have less.
     """
+    block_bytes = profile.block_bytes
+    host_blocks = int(min(profile.num_host_blocks, host_bytes // block_bytes))
 
     def make(clock: Clock) -> DeviceModel:
-        executor = ModelledExecutor(profile.model, profile.num_blocks + 1, clock, profile.step)
-        link = KvLink(profile.link, share)
-        return DeviceModel(executor, profile.step, link, profile.block_bytes)
+        copier = None
+        if host_blocks:
+            copier = ModelledCopier(
+                host_blocks + 1,
+                block_bytes,
+                clock,
+                profile.copy_out.seconds,
+                profile.copy_in.seconds,
+            )
+        executor = ModelledExecutor(
+            profile.model, profile.num_blocks + 1, clock, profile.step, copier
+        )
+        return DeviceModel(executor, profile.step, KvLink(profile.link, share), block_bytes)
 
     return make

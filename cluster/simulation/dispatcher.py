@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from cluster.dispatcher.core import Dispatcher, DispatcherConfig
@@ -15,12 +16,14 @@ from cluster.dispatcher.events import (
     Finished,
     Joined,
     LedgerCopied,
+    Left,
     MigrationEnded,
     Place,
     PlaceRequested,
     Refuse,
     RejectMigration,
     Reported,
+    ScalingEnded,
     SendLedger,
     Served,
     SetDraining,
@@ -29,6 +32,8 @@ from cluster.dispatcher.events import (
     Tick,
 )
 from cluster.dispatcher.messages import Placement, PlaceRequest, Refusal
+from cluster.dispatcher.placement import NamedPolicy
+from cluster.dispatcher.scaling import START
 from cluster.simulation.instance import SimulatedInstance
 from cluster.simulation.network import NetworkConfig
 from instance.clock import Clock
@@ -48,6 +53,19 @@ class Answering(Protocol):
         """A request cannot run now."""
 
 
+class Instances(Protocol):
+    """The cluster's instances, as the dispatcher's shell finds and orders them."""
+
+    def living(self, name: str) -> SimulatedInstance | None:
+        """The instance of a name, if it lives."""
+
+    def add(self, name: str, started: Callable[[str], None]) -> None:
+        """Start an instance; ``started`` is told the outcome."""
+
+    def remove(self, name: str, stopped: Callable[[str], None]) -> None:
+        """Stop an instance; ``stopped`` is told the outcome."""
+
+
 class Observer(Protocol):
     """Is shown every event that the policy takes, before and after."""
 
@@ -64,7 +82,8 @@ class SimulatedDispatcher:
     Args:
         core: Settings of the policy.
         seed: Of the policies that draw.
-        find: The instance of a name, in its present life; None where it is dead.
+        instances: Who lives, and who starts and stops.
+        policies: Placement policies besides those of the registry, by name.
         observer: Is shown every decision; None for nobody.
 
     Attributes:
@@ -81,14 +100,16 @@ class SimulatedDispatcher:
         seed: int,
         clock: Clock,
         network: NetworkConfig,
-        find: Callable[[str], SimulatedInstance | None],
+        instances: Instances,
+        policies: Mapping[str, NamedPolicy],
         observer: Observer | None = None,
     ) -> None:
-        self.core = Dispatcher(config, random.Random(seed))
+        self.core = Dispatcher(config, random.Random(seed), policies=policies)
         self.migrations: list[tuple[float, MigrationReport]] = []
         self._clock = clock
         self._network = network
-        self._find = find
+        self._instances = instances
+        self._ordered: set[str] = set()
         self._observer = observer
         self._calls: dict[SimulatedInstance, dict[str, StartMigration]] = {}
 
@@ -119,6 +140,11 @@ class SimulatedDispatcher:
             self.handle(Reported(report))
 
         self._later(take)
+
+    def leave(self, instance: SimulatedInstance) -> None:
+        """An instance stops in good order."""
+        left = Left(instance.instance_id, instance.incarnation)
+        self._later(lambda: self.handle(left))
 
     def gone(self, instance: SimulatedInstance) -> None:
         """Calls to an instance that has died fail; that it is dead, its silence tells."""
@@ -164,8 +190,8 @@ class SimulatedDispatcher:
                 raise AssertionError("no operator asks for a migration here")
 
     def _migrate(self, action: StartMigration) -> None:
-        source = self._find(action.source)
-        peer = self._find(action.destination.instance_id)
+        source = self._instances.living(action.source)
+        peer = self._instances.living(action.destination.instance_id)
         if source is None or peer is None or peer.incarnation != action.destination.incarnation:
             self._migrated(_failed(action))
             return
@@ -186,7 +212,7 @@ class SimulatedDispatcher:
         """Call an instance, if it still lives when the call arrives."""
 
         def arrive() -> None:
-            instance = self._find(name)
+            instance = self._instances.living(name)
             if instance is not None:
                 instance.enter(lambda: call(instance))
 
@@ -200,7 +226,16 @@ class SimulatedDispatcher:
 
     def _tick(self) -> None:
         self.handle(Tick())
+        for name, what in self.core.scaler.orders().items():
+            if name not in self._ordered:
+                self._ordered.add(name)
+                order = self._instances.add if what == START else self._instances.remove
+                order(name, functools.partial(self._scaled, name))
         self._clock.call_later(TICK, self._tick)
+
+    def _scaled(self, name: str, outcome: str) -> None:
+        self._ordered.discard(name)
+        self.handle(ScalingEnded(name, outcome))
 
     def _later(self, call: Callable[[], None]) -> None:
         self._clock.call_later(self._network.actor, call)

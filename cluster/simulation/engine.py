@@ -8,6 +8,7 @@ steps at once, at its end or when something comes in between.
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable
@@ -179,10 +180,13 @@ class SimulatedEngine(Engine):
         assert running is not None
         assert planned is not None
         times = self._ends[self._told : self._told + steps]
+        seconds = [end - begin for begin, end in itertools.pairwise((self._launched_at, *times))]
+        # Of steps in a row that only decode, no more than the first is learned from.
+        self.scheduler.budget.observe(running, seconds[0])
+        if self.scheduler.swap is not None:
+            self.scheduler.swap.cost.observe_decodes(running.rows, seconds)
         answers = self._answers
         sequences = [row.sequence for row in running.rows]
-        # Of steps in a row that only decode, no more than the first is learned from.
-        self.scheduler.budget.observe(running, times[0] - self._launched_at)
         self.scheduler.advance_decodes(
             running,
             planned,
@@ -193,11 +197,11 @@ class SimulatedEngine(Engine):
         self._told += steps
         self.steps += steps
         self.jumped += steps
-        for ended in times:
-            self._recent.append(ended - self._launched_at)
-            self.step_seconds_total += self._recent[-1]
-            self.model_seconds += self._recent[-1]
-            self._launched_at = ended
+        for one in seconds:
+            self._recent.append(one)
+            self.step_seconds_total += one
+            self.model_seconds += one
+        self._launched_at = times[-1]
 
     def _step_over(self) -> None:
         """The running step, or the last one of the stretch, has ended."""

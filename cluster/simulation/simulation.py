@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.dispatcher.core import DispatcherConfig
+from cluster.dispatcher.placement import NamedPolicy
+from cluster.dispatcher.scaling import instance_name
 from cluster.simulation.answers import Answers
 from cluster.simulation.device import DeviceMaker, vocabulary
 from cluster.simulation.dispatcher import Observer, SimulatedDispatcher
@@ -50,6 +52,8 @@ class Scenario:
         seed: Of contents and of policies that draw.
         network: Delays.
         deaths: Instances that die.
+        start_seconds: What an instance that is added takes to start.
+        policies: Placement policies besides those of the registry, by name.
         jumps: Account for steps together where nothing but decoding can happen; the outcome
             is the same without.
     """
@@ -61,6 +65,8 @@ class Scenario:
     seed: int = 0
     network: NetworkConfig = field(default_factory=NetworkConfig)
     deaths: tuple[Death, ...] = ()
+    start_seconds: float = 60.0
+    policies: Mapping[str, NamedPolicy] = field(default_factory=dict)
     jumps: bool = True
 
 
@@ -96,6 +102,7 @@ class Simulation:
         scenario: What there is.
         workload: What is asked.
         observer: Is shown every decision; None for nobody.
+        policies: As ``Scenario.policies``, for this run only.
 
     Attributes:
         clock: The one clock.
@@ -109,18 +116,26 @@ class Simulation:
         scenario: Scenario,
         workload: Sequence[WorkloadRequest],
         observer: Observer | None = None,
+        policies: Mapping[str, NamedPolicy] | None = None,
     ) -> None:
         self.clock = VirtualClock()
         self.instances: dict[str, SimulatedInstance] = {}
         self._scenario = scenario
         self._records: dict[str, InstanceRecord] = {}
+        self._lives: dict[str, int] = {}
         self._steps = self._jumped = 0
         clock, network = self.clock, scenario.network
         first = scenario.devices[0](clock).executor.description
         vocab, end_token = vocabulary(first)
         self._answers = Answers(vocab, end_token, scenario.seed)
         self.dispatcher = SimulatedDispatcher(
-            scenario.dispatcher, scenario.seed, clock, network, self._living, observer
+            scenario.dispatcher,
+            scenario.seed,
+            clock,
+            network,
+            self,
+            {**scenario.policies, **(policies or {})},
+            observer,
         )
         self.gateway = SimulatedGateway(
             clock,
@@ -138,7 +153,7 @@ class Simulation:
         )
         self.dispatcher.gateway = self.gateway
         for number in range(len(scenario.devices)):
-            self._start(number, life=0)
+            self._start(instance_name(number))
         self.dispatcher.start()
         for death in scenario.deaths:
             clock.call_later(death.at, functools.partial(self._die, death))
@@ -190,13 +205,35 @@ class Simulation:
 
     # ---- lives
 
-    def _living(self, name: str) -> SimulatedInstance | None:
+    def living(self, name: str) -> SimulatedInstance | None:
+        """The instance of a name, if it lives."""
         instance = self.instances.get(name)
         return instance if instance is not None and instance.alive else None
 
-    def _start(self, number: int, life: int) -> None:
-        scenario, name = self._scenario, f"instance-{number}"
-        device = scenario.devices[number](self.clock)
+    def add(self, name: str, started: Callable[[str], None]) -> None:
+        """Start an instance because the load asks for it; it takes the device of its number."""
+
+        def ready() -> None:
+            if self.living(name) is None:
+                self._start(name)
+            started("started")
+
+        self.clock.call_later(self._scenario.start_seconds, ready)
+
+    def remove(self, name: str, stopped: Callable[[str], None]) -> None:
+        """Stop an instance that has been emptied."""
+        instance = self.living(name)
+        if instance is not None:
+            instance.die()
+            self._count(instance)
+            self.dispatcher.leave(instance)
+        stopped("stopped")
+
+    def _start(self, name: str) -> None:
+        scenario = self._scenario
+        life = self._lives[name] = self._lives.get(name, -1) + 1
+        number = int(name.rpartition("-")[2])
+        device = scenario.devices[number % len(scenario.devices)](self.clock)
         pool = device.executor.num_blocks - 1
         record = self._records.setdefault(name, InstanceRecord(pool))
         instance = SimulatedInstance(
@@ -225,7 +262,7 @@ class Simulation:
         instance.start()
 
     def _die(self, death: Death) -> None:
-        instance = self.instances[f"instance-{death.instance}"]
+        instance = self.instances[instance_name(death.instance)]
         if not instance.alive:
             return
         instance.die()
@@ -239,8 +276,9 @@ class Simulation:
 
         self.clock.call_later(self._scenario.network.detection, known)
         if death.back_after is not None:
-            life = int(instance.incarnation.rpartition("/")[2]) + 1
-            self.clock.call_later(death.back_after, lambda: self._start(death.instance, life))
+            self.clock.call_later(
+                death.back_after, functools.partial(self._start, instance.instance_id)
+            )
 
     def _count(self, instance: SimulatedInstance) -> None:
         self._steps += instance.engine.steps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,6 +116,18 @@ class SwapCost:
             else:
                 decodes += 1
                 context += start + 1
+        self._observe(prefill, pairs, decodes, context, seconds)
+
+    def observe_decodes(self, rows: Sequence[Row], seconds: Iterable[float]) -> None:
+        """Steps that only decode, one after the other, the first of them with these rows."""
+        context = sum(row.start + 1 for row in rows)
+        for one in seconds:
+            self._observe(0, 0, len(rows), context, one)
+            context += len(rows)
+
+    def _observe(
+        self, prefill: int, pairs: int, decodes: int, context: int, seconds: float
+    ) -> None:
         self._step.observe((1, prefill, pairs / 1000, decodes, context / 1000), seconds)
         self._service = _SERVICE_MEMORY * self._service + prefill + 2 * decodes
         self._seconds = _SERVICE_MEMORY * self._seconds + seconds

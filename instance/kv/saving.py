@@ -40,6 +40,16 @@ class Saver:
         if sequence.sealed:
             self._finished.append(sequence)
 
+    @property
+    def idle(self) -> bool:
+        """There is nothing to copy while memory is not short."""
+        return not self._finished
+
+    @property
+    def short_below(self) -> int:
+        """Free blocks of the device below which the next victim is copied ahead."""
+        return -(-self._copies.pool.num_usable // _AHEAD_BELOW)
+
     def save(self, likely: Sequence | None) -> None:
         """Begin at most one copy, while none is under way.
 

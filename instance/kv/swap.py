@@ -80,6 +80,17 @@ class Swap:
         """A sequence waits for a copy."""
         return bool(self._awaited)
 
+    @property
+    def quiet(self) -> bool:
+        """Nothing is copied or about to be, as long as memory does not run short."""
+        saved = self._saver is None or self._saver.idle
+        return saved and not self._leaving and not self.copies and not self.loaded
+
+    @property
+    def short_below(self) -> int:
+        """Free blocks of the device below which copies are made ahead of need."""
+        return 0 if self._saver is None else self._saver.short_below
+
     def busy(self, sequence: Sequence) -> bool:
         """A copy of its KV is on its way, or about to be."""
         return sequence in self._awaited or any(one is sequence for one, _ in self._leaving)

@@ -19,6 +19,7 @@ class ModelledCopier:
         block_bytes: Bytes that a block is said to have.
         clock: Real or virtual.
         cost: Seconds that a copy takes, given its bytes and its contiguous runs.
+        cost_in: The same for copies from the host; None where they cost as much.
     """
 
     host: None = None
@@ -29,11 +30,12 @@ class ModelledCopier:
         block_bytes: int,
         clock: Clock,
         cost: Callable[[int, int], float],
+        cost_in: Callable[[int, int], float] | None = None,
     ) -> None:
         self.num_host_blocks = num_host_blocks
         self.block_bytes = block_bytes
         self._clock = clock
-        self._cost = cost
+        self._costs = {True: cost, False: cost if cost_in is None else cost_in}
         self._free_at = {True: clock.now(), False: clock.now()}
         self._timers: dict[int, TimerHandle] = {}
         self._issued = 0
@@ -54,7 +56,7 @@ class ModelledCopier:
 
     def _copy(self, outward: bool, runs: Sequence[CopyRun], done: CopyDone) -> None:
         num_bytes = self.block_bytes * sum(run.count for run in runs)
-        seconds = self._cost(num_bytes, len(runs))
+        seconds = self._costs[outward](num_bytes, len(runs))
         now = self._clock.now()
         ends = self._free_at[outward] = max(now, self._free_at[outward]) + seconds
         number = self._issued

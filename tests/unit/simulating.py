@@ -19,7 +19,7 @@ from instance.step_cost import StepCost
 BLOCK_SIZE = 16
 
 
-def profile(blocks: int = 64, speed: float = 1.0) -> CostProfile:
+def profile(blocks: int = 64, speed: float = 1.0, host_blocks: int = 0) -> CostProfile:
     """A device with ``blocks`` KV blocks, ``speed`` times as fast as the usual one."""
     model = ModelDescription("toy", "float16", BLOCK_SIZE, 2, 2, 8, 512, 1024, (511,))
     return CostProfile(
@@ -36,6 +36,7 @@ def profile(blocks: int = 64, speed: float = 1.0) -> CostProfile:
         copy_in=CopyCost(2e6, 1e-5),
         link=LinkCost(1e6, 1e-5, 5e-4),
         num_blocks=blocks,
+        num_host_blocks=host_blocks,
     )
 
 
@@ -48,11 +49,15 @@ def scenario(
     jumps: bool = True,
     deaths: tuple[Death, ...] = (),
     prefix_caching: bool = True,
+    host_blocks: int = 0,
     seed: int = 0,
 ) -> Scenario:
     """A small cluster that is easily full."""
     return Scenario(
-        devices=(device(profile(blocks), share=1e6),) * instances,
+        devices=(
+            device(profile(blocks, host_blocks=host_blocks), share=1e6, host_bytes=float("inf")),
+        )
+        * instances,
         engine=EngineConfig(
             scheduler=SchedulerConfig(
                 max_num_seqs=32,

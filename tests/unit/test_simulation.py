@@ -27,14 +27,24 @@ def test_the_same_seed_gives_the_same_run() -> None:
     seed=st.integers(0, 1000),
     placement=st.sampled_from(("freeness", "round_robin")),
     blocks=st.sampled_from((48, 64, 200)),
+    host_blocks=st.sampled_from((0, 40)),
     dies=st.booleans(),
+    tenants=st.sampled_from((("one",), ("one", "two"))),
 )
-def test_jumping_equals_stepping(seed: int, placement: str, blocks: int, dies: bool) -> None:
+def test_jumping_equals_stepping(
+    seed: int, placement: str, blocks: int, host_blocks: int, dies: bool, tenants: tuple[str, ...]
+) -> None:
     deaths = (Death(2.345, 1, back_after=1.7),) if dies else ()
     runs = [
         simulate(
-            scenario(blocks=blocks, placement=placement, jumps=jumps, deaths=deaths),
-            workload(40, rate=8.0, seed=seed),
+            scenario(
+                blocks=blocks,
+                host_blocks=host_blocks,
+                placement=placement,
+                jumps=jumps,
+                deaths=deaths,
+            ),
+            workload(30, rate=8.0, seed=seed, tenants=tenants),
         )[1]
         for jumps in (True, False)
     ]
@@ -71,7 +81,7 @@ def test_no_decision_knows_an_output_that_is_not_there(seed: int, jumps: bool) -
     assert first != second
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     seed=st.integers(0, 1000),
     deaths=st.lists(

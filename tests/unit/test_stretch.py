@@ -153,12 +153,16 @@ def test_a_stretch_ends_where_blocks_do() -> None:
         preempted = sum(one.num_preemptions for one in loop.scheduler.sequences.values())
 
 
-def test_nothing_is_steady_while_somebody_waits_or_prefills() -> None:
-    waiting = make([4] * 9, [30] * 9, blocks=60, budget=40)
-    for _ in range(4):
-        waiting.step()
-    assert waiting.scheduler.waiting
-    assert waiting.steady() == 0
+def test_who_waits_is_looked_at_whenever_priorities_are_read() -> None:
+    loop = make([4] * 9, [30] * 9, blocks=60, budget=40)
+    for _ in range(20):
+        loop.step()
+        assert loop.scheduler.waiting
+        assert loop.steady() < loop.scheduler.config.priority_interval
+    assert any(loop.step() or loop.steady() for _ in range(8))
+
+
+def test_nothing_is_steady_while_somebody_prefills() -> None:
     chunked = make([4, 40], [30, 4], blocks=60, budget=8)
     chunked.step()
     assert chunked.steady() == 0
