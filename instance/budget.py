@@ -79,8 +79,8 @@ class StepCosts:
 
     def prefill_within(self, seconds: float, start: int) -> float:
         """Most positions from ``start`` on that prefill computes in a time; may be infinite."""
-        if seconds <= 0.0:
-            return 0.0
+        if seconds <= 0.0 or seconds == math.inf:
+            return max(0.0, seconds)
         # length * a + length**2 * b = seconds
         a = self.prefill + self.prefill_context * (start + 0.5)
         b = self.prefill_context / 2

@@ -121,7 +121,7 @@ class Priorities:
         references: Callable[[int], int],
         prefill: Callable[[int], int] = lambda _: 0,
         useless: Iterable[int] = (),
-        only_fairness: bool = False,
+        for_tokens: bool = False,
     ) -> list[tuple[Sequence, PreemptionReason]] | None:
         """Whom to preempt so that a waiting sequence can enter: no more than needed.
 
@@ -138,7 +138,8 @@ class Priorities:
             references: How many holders a block has.
             prefill: Tokens that a step computes for prefills beside so many decodes.
             useless: Blocks that the candidate shares: it gains nothing where they are freed.
-            only_fairness: Leave sequences of other classes alone.
+            for_tokens: What it lacks are tokens of the step: only decodes give such, and those
+                of other classes are left alone.
 
         Returns:
             None where all it may preempt would not suffice.
@@ -151,7 +152,7 @@ class Priorities:
             reason = self.entitled(candidate, victim)
             if reason is None:
                 return None  # nor may it preempt any that ranks before
-            if only_fairness and reason is not PreemptionReason.FAIRNESS:
+            if for_tokens and (reason is not PreemptionReason.FAIRNESS or prefills(victim)):
                 continue
             if reason is PreemptionReason.FAIRNESS and not prefills(victim):
                 if rates is None:
