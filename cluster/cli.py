@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from cluster import calibrating, operating, replaying
+from cluster import calibrating, operating, replaying, simulating
 from cluster.admin_client import CommandError
 from cluster.config import ServeConfig
 from cluster.flags import ConfigError, add_arguments, flags_of, load_settings, suggest
@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     operating.add_commands(command)
     calibrating.add_commands(command)
     replaying.add_commands(command)
+    simulating.add_commands(command)
     return parser
 
 
@@ -98,6 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 calibrating.run(given)
             case name if name in replaying.COMMANDS:
                 replaying.run(given)
+            case name if name in simulating.COMMANDS:
+                simulating.run(given)
     except ConfigError as error:
         return _fail(str(error), USAGE)
     except (LaunchError, CommandError) as error:

@@ -151,13 +151,15 @@ def _axes(
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Scale:
-    span = (high - low) or 1.0
+    span = high - low
     return lambda value: start + (value - low) / span * (end - start)
 
 
 def _ticks(low: float, high: float) -> list[float]:
     """Round numbers from at most ``low`` to at least ``high``."""
-    span = (high - low) or abs(high) or 1.0
+    span = high - low
+    if span < 1e-9 * max(abs(low), abs(high), 1e-3):
+        span = abs(high) if abs(high) > 1e-12 else 1.0
     step = 10.0 ** math.floor(math.log10(span / 4))
     step *= next(factor for factor in (1, 2, 2.5, 5, 10) if span / (step * factor) <= 5)
     first = math.floor(low / step + 1e-9)

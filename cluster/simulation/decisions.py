@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -61,11 +61,11 @@ class DecisionLog:
     """Keeps every decision of a run; an ``Observer`` of its dispatcher.
 
     Args:
-        costs: Of the instances' steps, by name.
+        cost_of: The cost of an instance's steps, by its name.
     """
 
-    def __init__(self, costs: Mapping[str, StepCost]) -> None:
-        self._costs = costs
+    def __init__(self, cost_of: Callable[[str], StepCost]) -> None:
+        self._cost_of = cost_of
         self._now = 0.0
         self._entries: list[dict[str, Any]] = []
 
@@ -133,7 +133,7 @@ class DecisionLog:
                         "cached_blocks": cached[index],
                         "expected_ttft": round(
                             expected_ttft(
-                                one, request, cached[index], self._costs[one.instance_id]
+                                one, request, cached[index], self._cost_of(one.instance_id)
                             ),
                             4,
                         ),

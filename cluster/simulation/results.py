@@ -253,8 +253,8 @@ def _fairness(requests: Sequence[RequestRecord]) -> dict[str, Any]:
             tenant: np.cumsum(values).round(1).tolist() for tenant, values in service.items()
         },
         "gap": gaps,
-        "gap_mean": float(np.mean(known)) if known else 0.0,
-        "gap_max": max(known, default=0.0),
+        "gap_mean": float(np.mean(known)) if known else None,
+        "gap_max": max(known, default=None),
     }
 
 
