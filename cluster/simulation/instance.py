@@ -304,7 +304,11 @@ class SimulatedInstance:
     def _report(self) -> None:
         self._report_timer = None
         now = self._last_report = self.clock.now()
-        self.engine.catch_up()
+        if self.counters.due:
+            # The leases begin anew, so what is known of the coming steps may not hold.
+            self.engine.interrupt()
+        else:
+            self.engine.catch_up()
         self.attempts.expire(now)
         report = self.load()
         self._note(report, now)

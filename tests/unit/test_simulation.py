@@ -9,10 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.dispatcher.scaling import ScalingConfig
 from cluster.simulation.answers import Answers
+from cluster.simulation.device import device
 from cluster.simulation.simulation import Death
 from cluster.simulation.workloads.records import Span, WorkloadRequest
-from tests.unit.simulating import Decisions, scenario, simulate, summary, workload
+from instance.load import Role
+from tests.unit.simulating import Decisions, profile, scenario, simulate, summary, workload
 
 
 def test_the_same_seed_gives_the_same_run() -> None:
@@ -185,3 +188,48 @@ def test_answers_end_with_their_end_token() -> None:
     assert 99 not in answers.tokens("a", 0, 4)
     assert answers.left("a", 0) == 5
     assert answers.left("a", 4) == 1
+
+
+def test_a_faster_instance_gets_more_of_the_work() -> None:
+    given_scenario = dataclasses.replace(
+        scenario(),
+        devices=(device(profile(speed=3.0), share=1e6), device(profile(), share=1e6)),
+    )
+    outcome = simulate(given_scenario, workload(40, rate=6.0))[1]
+    steps = [record.steps[-1] for record in outcome.instances.values()]
+    drawn = [
+        sum(one.instances[0] == name for one in outcome.requests) for name in outcome.instances
+    ]
+    assert outcome.complete
+    assert steps[0] > steps[1]
+    assert drawn[0] > drawn[1]
+
+
+def test_instances_come_and_go_with_the_load() -> None:
+    base = scenario(1)
+    scaling = ScalingConfig(
+        min_instances=1, max_instances=3, low=20.0, high=40.0, period=0.5, cooldown=1.0
+    )
+    given_scenario = dataclasses.replace(
+        base, dispatcher=dataclasses.replace(base.dispatcher, scaling=scaling), start_seconds=1.0
+    )
+    asked = [*workload(40, rate=10.0), WorkloadRequest(60.0, (Span("late", 30),), 20)]
+    simulation, outcome = simulate(given_scenario, asked)
+    assert outcome.complete
+    assert len(outcome.instances) > 1
+    assert sum(one.alive for one in simulation.instances.values()) < len(outcome.instances)
+    assert not any(one.replays for one in outcome.requests)
+
+
+def test_what_prefill_instances_begin_decode_instances_finish() -> None:
+    base = scenario(2, blocks=200)
+    roles = (("instance-0", Role.PREFILL), ("instance-1", Role.DECODE))
+    given_scenario = dataclasses.replace(
+        base, dispatcher=dataclasses.replace(base.dispatcher, roles=roles)
+    )
+    asked = [WorkloadRequest(1.0 + k, (Span(f"r{k}", 150),), 200) for k in range(8)]
+    outcome = simulate(given_scenario, asked)[1]
+    assert outcome.complete
+    handed = [one for one in outcome.requests if one.instances == ["instance-0", "instance-1"]]
+    assert len(handed) >= 6
+    assert {report.reason for _, report in outcome.migrations} == {"handoff"}
