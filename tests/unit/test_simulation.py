@@ -6,7 +6,7 @@ import dataclasses
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from cluster.dispatcher.scaling import ScalingConfig
@@ -25,7 +25,11 @@ def test_the_same_seed_gives_the_same_run() -> None:
     assert summary(different) != summary(one)
 
 
-@settings(max_examples=12)
+# To shrink a failing cluster takes far longer than to look at it.
+SEARCH = settings(max_examples=12, phases=(Phase.explicit, Phase.generate))
+
+
+@SEARCH
 @given(
     seed=st.integers(0, 1000),
     placement=st.sampled_from(("freeness", "round_robin")),
@@ -84,7 +88,7 @@ def test_no_decision_knows_an_output_that_is_not_there(seed: int, jumps: bool) -
     assert first != second
 
 
-@settings(max_examples=10)
+@SEARCH
 @given(
     seed=st.integers(0, 1000),
     deaths=st.lists(
