@@ -1,0 +1,168 @@
+"""The six ways of switching between sequences that ``bench.context_switch`` compares.
+
+All share the scheduler, its priorities and the workload. They differ in how finely KV is
+copied, in whether steps wait for copies, and in whether copies are used again:
+
+layer-major
+    What FastSwitch (arXiv 2411.18424) measured against: vLLM 0.3.3 keeps K and V of each
+    layer in tensors of their own, so a block leaves in ``2 * layers`` calls of
+    cudaMemcpyAsync, and the step waits for all of them.
+block-major
+    A block lies in one piece for all layers: one call per block.
+block groups
+    One call per run of blocks that is contiguous on both sides.
+asynchronous
+    Steps go on beside the copies, unless waiting is measured to be cheaper.
+reuse
+    Copies outlive the return of their sequence, and what others will ask for is copied
+    before somebody waits for it. This is the engine as it is served.
+recompute
+    Nothing is copied: KV is given up, and computed again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from instance.config import PreemptionMode, SwapConfig, SwapMode
+from instance.executor import Copier, CopyDone, CopyRun, KvPool
+from instance.kv.blocks import BlockPool
+
+FULL = 0.9
+"""Copies issued while at least this share of the pool is in use are counted apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """One of the compared systems.
+
+    Attributes:
+        name: Of the system.
+        swap: How it swaps; None: it recomputes.
+        per_block: It copies block by block.
+        per_layer: It copies K and V of each layer by themselves.
+    """
+
+    name: str
+    swap: SwapConfig | None
+    per_block: bool = False
+    per_layer: bool = False
+
+    def copies_per_block(self, layers: int) -> int:
+        """Calls that one block takes; 0 where blocks go in runs."""
+        if not self.per_block:
+            return 0
+        return 2 * layers if self.per_layer else 1
+
+
+_SYNCHRONOUS = SwapConfig(
+    mode=SwapMode.SYNC, preemption=PreemptionMode.SWAP, reuse=False, save=False
+)
+_ASYNCHRONOUS = dataclasses.replace(_SYNCHRONOUS, mode=SwapMode.AUTO)
+
+SYSTEMS = (
+    System("layer-major", _SYNCHRONOUS, per_block=True, per_layer=True),
+    System("block-major", _SYNCHRONOUS, per_block=True),
+    System("block groups", _SYNCHRONOUS),
+    System("asynchronous", _ASYNCHRONOUS),
+    System("reuse", dataclasses.replace(_ASYNCHRONOUS, reuse=True, save=True)),
+    System("recompute", None),
+)
+BY_NAME = {system.name: system for system in SYSTEMS}
+FIRST, BLOCKWISE, GROUPED, PLAIN, WHOLE = (system.name for system in SYSTEMS[:5])
+
+
+@dataclass(slots=True)
+class CopyFigures:
+    """Copies of sequences' KV, both ways.
+
+    Attributes:
+        swaps: Jobs: the KV of one sequence, one way.
+        copies: Calls that they took.
+        blocks: Blocks that they moved.
+    """
+
+    swaps: int = 0
+    copies: int = 0
+    blocks: int = 0
+
+    def add(self, copies: int, blocks: int) -> None:
+        self.swaps += 1
+        self.copies += copies
+        self.blocks += blocks
+
+
+class GranularCopier:
+    """Copies through another copier, as finely as told, and counts; a ``Copier``.
+
+    Args:
+        inner: Copies. Its blocks are ``pieces`` to one of this copier's.
+        split: Each block is copied by itself, in pieces.
+        pieces: Of a block.
+        calls: Calls that one of the inner copier's runs stands for, where that knows their
+            cost and no pieces.
+
+    Attributes:
+        all: What was copied.
+        full: The part of it that was issued while the device's pool was ``FULL``.
+        pool: Whose use decides about that; set once there is an engine.
+    """
+
+    def __init__(self, inner: Copier, split: bool, pieces: int = 1, calls: int = 1) -> None:
+        self._inner = inner
+        self._split = split
+        self._pieces = pieces
+        self._calls = calls
+        self.all, self.full = CopyFigures(), CopyFigures()
+        self.pool: BlockPool | None = None
+
+    @property
+    def num_host_blocks(self) -> int:
+        return self._inner.num_host_blocks // self._pieces
+
+    @property
+    def block_bytes(self) -> int:
+        return self._inner.block_bytes * self._pieces
+
+    @property
+    def host(self) -> KvPool | None:
+        return self._inner.host
+
+    def copy_out(self, runs: Sequence[CopyRun], done: CopyDone) -> None:
+        """See ``Copier``."""
+        self._copy(self._inner.copy_out, runs, done)
+
+    def copy_in(self, runs: Sequence[CopyRun], done: CopyDone) -> None:
+        """See ``Copier``."""
+        self._copy(self._inner.copy_in, runs, done)
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def _copy(
+        self,
+        copy: Callable[[Sequence[CopyRun], CopyDone], None],
+        runs: Sequence[CopyRun],
+        done: CopyDone,
+    ) -> None:
+        blocks = sum(run.count for run in runs)
+        if self._split:
+            runs = _pieces(runs, self._pieces)
+        copies = len(runs) * self._calls
+        self.all.add(copies, blocks)
+        pool = self.pool
+        if pool is not None and pool.num_usable - pool.num_free >= FULL * pool.num_usable:
+            self.full.add(copies, blocks)
+        copy(runs, done)
+
+
+def _pieces(runs: Sequence[CopyRun], pieces: int) -> list[CopyRun]:
+    """Each piece of each block by itself, in units of pieces."""
+    return [
+        CopyRun((run.device + block) * pieces + piece, (run.host + block) * pieces + piece, 1)
+        for run in runs
+        for block in range(run.count)
+        for piece in range(pieces)
+    ]
