@@ -98,7 +98,7 @@ async def _run_cpu(
             load.requests(seed),
             clock,
             engine.submit,
-            range(100, 40_000),
+            range(100, executor.description.vocab_size),
             seed,
             lambda: ended.set_result(None),
         )
