@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence as SequenceOf
 
 from cluster.simulation.workloads.records import token_ids
+from instance.request import Sequence
 
 
 class Answers:
@@ -29,7 +30,7 @@ class Answers:
         """Let a request answer with ``num_tokens`` tokens, at least 1."""
         self._lengths[request_id] = max(1, num_tokens)
 
-    def tokens(self, request_id: str, first: int, count: int) -> Sequence[int]:
+    def tokens(self, request_id: str, first: int, count: int) -> SequenceOf[int]:
         """Output tokens from index ``first`` on; ``count`` of them, all within the answer."""
         return self._of(request_id)[first : first + count]
 
@@ -41,9 +42,9 @@ class Answers:
         tokens = self._of(request_id)
         return tokens[index] if index < len(tokens) else self._end_token
 
-    def left(self, request_id: str, index: int) -> int:
-        """Draws from ``index`` up to the one that ends the answer, that one included."""
-        return self._lengths[request_id] - index
+    def ends_at(self, sequence: Sequence) -> int:
+        """Tokens of prompt and answer together."""
+        return len(sequence.request.prompt) + self._lengths[sequence.request.request_id]
 
     def forget(self, request_id: str) -> None:
         """The request has ended."""

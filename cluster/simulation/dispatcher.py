@@ -37,6 +37,7 @@ from cluster.dispatcher.scaling import START
 from cluster.simulation.instance import SimulatedInstance
 from cluster.simulation.network import NetworkConfig
 from instance.clock import Clock
+from instance.leases import LedgerUpdate
 from instance.load import InstanceInfo, LoadReport, MigrationReport
 
 TICK = 0.1
@@ -183,7 +184,7 @@ class SimulatedDispatcher:
             case AskPrefixes(instance_id):
                 self._tell(instance_id, SimulatedInstance.tell_prefixes)
             case SendLedger(instance_id, incarnation, update):
-                self._tell(instance_id, lambda to: to.take_ledger(incarnation, update))
+                self._later(lambda: self._send_ledger(instance_id, incarnation, update))
             case FetchLedger(instance_id):
                 self._tell(instance_id, self._copy_ledger)
             case RejectMigration():
@@ -217,6 +218,11 @@ class SimulatedDispatcher:
                 instance.enter(lambda: call(instance))
 
         self._later(arrive)
+
+    def _send_ledger(self, name: str, incarnation: str, update: LedgerUpdate) -> None:
+        instance = self._instances.living(name)
+        if instance is not None:
+            instance.take_ledger(incarnation, update)
 
     def _copy_ledger(self, instance: SimulatedInstance) -> None:
         """Runs at the instance."""

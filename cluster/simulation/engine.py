@@ -124,24 +124,23 @@ class SimulatedEngine(Engine):
 
     def _begin_stretch(self, running: StepPlan, planned: StepPlan) -> None:
         """See how far the next steps are known, and let the last of them end the stretch."""
-        answers, steps = self._answers, LONGEST_STRETCH
-        for sequence, start, length, _ in running.rows:
+        count = len(self.scheduler.running)
+        # Decodes come first in a plan.
+        if len(running.rows) != count or len(planned.rows) != count or running.rows[-1].length > 1:
+            return
+        ends_at, steps = self._answers.ends_at, LONGEST_STRETCH
+        for sequence, start, _, _ in running.rows:
             # The step that draws the last token of an answer is the last of the stretch.
-            left = answers.left(sequence.request_id, start + length - sequence.num_prompt) - 1
+            left = ends_at(sequence) - start - 2
             if left < steps:
                 steps = left
-            if length != 1 or steps < 1 or sequence.silent:
+            if steps < 1 or sequence.silent:
                 return
-        for account, number in Counter(row.sequence.account for row in running.rows).items():
-            # A used-up lease is reported as the step ends that used it up.
-            unpaid = self._counters.left(account) / service(0, number)
-            if unpaid < steps + 1:
-                steps = int(unpaid) - 1
+        steps = min(steps, self._steps_within_leases(running))
         if steps > 0:
             steps = self.scheduler.steady_steps(running, planned, steps)
         if steps < 1:
             return
-        count = len(running.rows)
         context = sum(row.start + 1 for row in running.rows)
         of = self._cost.of
         at = self._launched_at + self._seconds
@@ -153,6 +152,19 @@ class SimulatedEngine(Engine):
         self._ends = ends
         self._told = 0
         self._set_timer(at)
+
+    def _steps_within_leases(self, running: StepPlan) -> int:
+        """Steps that can end before the one that uses up a lease, which is reported at once."""
+        rows = Counter([row.sequence.account for row in running.rows])
+        left = min(self._counters.left(one) / service(0, count) for one, count in rows.items())
+        return LONGEST_STRETCH if left > LONGEST_STRETCH else int(left) - 1
+
+    def leases_changed(self) -> None:
+        """What may be charged unreported is another sum than when the stretch began."""
+        if self._ends and self._running is not None:
+            ahead = len(self._ends) - 1 - self._told
+            if ahead > self._steps_within_leases(self._running):
+                self.interrupt()
 
     def _set_timer(self, at: float) -> None:
         if self._timer is not None:

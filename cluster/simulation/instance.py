@@ -229,9 +229,15 @@ class SimulatedInstance:
         self.report_soon()
 
     def take_ledger(self, incarnation: str, update: LedgerUpdate) -> None:
-        """Take over what is new in the cluster's ledger; one for an older start is ignored."""
-        if incarnation == self.incarnation:
+        """Take over what is new in the cluster's ledger; one for an older start is ignored.
+
+        It stops no stretch of steps, unless a lease ends in it: who goes before whom is read
+        from the counters only where somebody waits.
+        """
+        if self.alive and incarnation == self.incarnation:
+            self.engine.catch_up()
             self.counters.take(update)
+            self.engine.leases_changed()
 
     def tell_prefixes(self) -> None:
         """Report from now on as if nobody knew what the prefix cache holds."""
@@ -304,13 +310,10 @@ class SimulatedInstance:
     def _report(self) -> None:
         self._report_timer = None
         now = self._last_report = self.clock.now()
-        if self.counters.due:
-            # The leases begin anew, so what is known of the coming steps may not hold.
-            self.engine.interrupt()
-        else:
-            self.engine.catch_up()
+        self.engine.catch_up()
         self.attempts.expire(now)
         report = self.load()
+        self.engine.leases_changed()
         self._note(report, now)
         self._surroundings.reported(self, report)
         if self._prefixes.pending:

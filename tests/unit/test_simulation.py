@@ -15,6 +15,7 @@ from cluster.simulation.device import device
 from cluster.simulation.simulation import Death
 from cluster.simulation.workloads.records import Span, WorkloadRequest
 from instance.load import Role
+from instance.request import Request, SamplingParams, Sequence
 from tests.unit.simulating import Decisions, profile, scenario, simulate, summary, workload
 
 
@@ -190,8 +191,8 @@ def test_answers_end_with_their_end_token() -> None:
     assert [answers.token("a", index) for index in range(5)] == list(answers.tokens("a", 0, 5))
     assert answers.token("a", 4) == 99
     assert 99 not in answers.tokens("a", 0, 4)
-    assert answers.left("a", 0) == 5
-    assert answers.left("a", 4) == 1
+    request = Request("a", (1, 2, 3), SamplingParams())
+    assert answers.ends_at(Sequence.start(request)) == 8
 
 
 def test_a_faster_instance_gets_more_of_the_work() -> None:
