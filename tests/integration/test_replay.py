@@ -6,15 +6,17 @@ import asyncio
 import hashlib
 import itertools
 import json
-import os
+import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster import cli, replaying
+from cluster import cli
 from cluster.admin_client import AdminClient
 from cluster.replay.client import CompletionClient, ServerError
 from cluster.replay.run import Replay, ReplaySettings
@@ -157,22 +159,24 @@ def test_what_prevents_it_is_said(
     assert wrong in capsys.readouterr().err
 
 
-def test_ctrl_c_gives_the_figures_until_then(
-    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Interrupted(Replay):
-        def _note(self, *args: Any) -> None:
-            super()._note(*args)
-            if self.finished == 5:
-                os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(replaying, "Replay", Interrupted)
+def test_ctrl_c_gives_the_figures_until_then(url: str, tmp_path: Path) -> None:
     output = tmp_path / "out.json"
-    workload = "fixed?rate=50&requests=2000&prompt=20&output=3"
-    assert cli.main(["replay", workload, "--url", url, "--json", str(output)]) == 1
+    workload = "fixed?rate=20&requests=5000&prompt=20&output=3"
+    command = [sys.executable, "-m", "cluster.cli", "replay", workload]
+    with subprocess.Popen(
+        [*command, "--url", url, "--json", str(output)], stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            ended = re.search(r"(\d+)/5000 ended", line)
+            if ended and int(ended[1]) >= 5:
+                break
+        process.send_signal(signal.SIGINT)
+        assert "interrupted" in process.stderr.read()
+    assert process.returncode == 1
     summary = json.loads(output.read_text())
     assert summary["interrupted"] is True
-    assert 5 <= summary["num_prompts"] < 2000
+    assert 5 <= summary["num_prompts"] < 5000
     assert summary["completed"] >= 5
     assert set(summary["failures"]) <= {"interrupted"}
 
