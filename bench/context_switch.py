@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import sys
 import tempfile
@@ -52,10 +53,10 @@ from cluster.simulation.profile import CostProfile
 from cluster.simulation.profile_files import load_profile
 
 PROFILE = "llama-8b-a10"
-CPU_BLOCKS = 64
-"""Pool of the CPU runs: 1,024 tokens, of conversations of at most ``CPU_LOAD.max_len``."""
+CPU_BLOCKS = 40
+"""Pool of the CPU runs: 624 tokens, of conversations of at most ``CPU_LOAD.max_len``."""
 LOAD = Load(sessions=200)
-CPU_LOAD = Load(sessions=10, rate=4.0, scale=1 / 16, max_len=512)
+CPU_LOAD = Load(sessions=6, rate=4.0, scale=1 / 16, max_len=512)
 SENSITIVITY_SEEDS = 2
 
 LATENCIES = [f"{name}_p{level:g}" for name in ("ttft", "tbt") for level in LEVELS]
@@ -253,19 +254,18 @@ def modelled(options: argparse.Namespace, folder: Path) -> tuple[Result, list[Ta
     load = dataclasses.replace(LOAD, sessions=60) if options.quick else LOAD
     seeds = range(1 if options.quick else options.seeds)
     patterns = PATTERNS[:1] if options.quick else PATTERNS
-    runs = [
-        Run(system.name, pattern, seed, load, profile)
-        for pattern in patterns
-        for seed in seeds
-        for system in SYSTEMS
-    ]
     varied_seeds = range(0 if options.quick else min(options.seeds, SENSITIVITY_SEEDS))
-    runs += [
+    varied_runs = [
         Run(system, patterns[0], seed, load, varied)
         for _, _, varied in variants(profile)
         for seed in varied_seeds
         for system in (FIRST, WHOLE)
     ]
+    first, *others = (
+        [Run(system.name, pattern, seed, load, profile) for seed in seeds for system in SYSTEMS]
+        for pattern in patterns
+    )
+    runs = [*first, *varied_runs, *itertools.chain(*others)]
     found = execute(runs, folder, options.jobs)
     result: Result = {
         "profile": profile.name,
