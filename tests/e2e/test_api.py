@@ -14,7 +14,7 @@ from tests.integration.models import make_tiny_model
 
 pytestmark = pytest.mark.timeout(300)
 
-LONG = 400
+LONG = 1200
 
 
 @pytest.fixture(scope="module")
