@@ -50,6 +50,7 @@ def scenario(
     deaths: tuple[Death, ...] = (),
     prefix_caching: bool = True,
     host_blocks: int = 0,
+    theta: float | None = None,
     seed: int = 0,
 ) -> Scenario:
     """A small cluster that is easily full."""
@@ -64,6 +65,7 @@ def scenario(
                 max_num_batched_tokens=256,
                 max_model_len=blocks * BLOCK_SIZE,
                 enable_prefix_caching=prefix_caching,
+                theta=theta,
             ),
             migration=MigrationConfig(max_bytes_per_second=1e9),
         ),
@@ -97,13 +99,14 @@ def workload(
 
 
 class Decisions:
-    """Writes down what the policy decided and when; an ``Observer``."""
+    """Writes down what the policy was told and what it decided; an ``Observer``."""
 
     def __init__(self) -> None:
+        self.told: list[tuple[float, str]] = []
         self.all: list[tuple[float, str]] = []
 
     def before(self, core: Any, event: Event, now: float) -> None:
-        pass
+        self.told.append((now, repr(event)))
 
     def after(self, core: Any, event: Event, actions: list[Action], now: float) -> None:
         self.all.extend((now, repr(action)) for action in actions)

@@ -27,7 +27,7 @@ def test_the_same_seed_gives_the_same_run() -> None:
 
 
 # To shrink a failing cluster takes far longer than to look at it.
-SEARCH = settings(max_examples=12, phases=(Phase.explicit, Phase.generate))
+SEARCH = settings(max_examples=16, phases=(Phase.explicit, Phase.generate))
 
 
 @SEARCH
@@ -38,9 +38,16 @@ SEARCH = settings(max_examples=12, phases=(Phase.explicit, Phase.generate))
     host_blocks=st.sampled_from((0, 40)),
     dies=st.booleans(),
     tenants=st.sampled_from((("one",), ("one", "two"))),
+    theta=st.sampled_from((None, 60.0)),
 )
 def test_jumping_equals_stepping(
-    seed: int, placement: str, blocks: int, host_blocks: int, dies: bool, tenants: tuple[str, ...]
+    seed: int,
+    placement: str,
+    blocks: int,
+    host_blocks: int,
+    dies: bool,
+    tenants: tuple[str, ...],
+    theta: float | None,
 ) -> None:
     deaths = (Death(2.345, 1, back_after=1.7),) if dies else ()
     runs = [
@@ -51,6 +58,7 @@ def test_jumping_equals_stepping(
                 placement=placement,
                 jumps=jumps,
                 deaths=deaths,
+                theta=theta,
             ),
             workload(30, rate=8.0, seed=seed, tenants=tenants),
         )[1]
@@ -80,13 +88,14 @@ def test_no_decision_knows_an_output_that_is_not_there(seed: int, jumps: bool) -
         _, outcome = simulate(scenario(jumps=jumps), changed, decisions)
         record = outcome.requests[number]
         assert len(record.times) == length
-        seen.append((decisions.all, record.times[short - 1]))
+        seen.append((decisions, record.times[short - 1]))
     (first, until), (second, same) = seen
     assert until == same
-    before = [[entry for entry in run if entry[0] < until] for run in (first, second)]
-    assert before[0] == before[1]
-    assert len(before[0]) > number
-    assert first != second
+    for one, other in ((first.told, second.told), (first.all, second.all)):
+        before = [[entry for entry in run if entry[0] < until] for run in (one, other)]
+        assert before[0] == before[1]
+        assert len(before[0]) > number
+        assert one != other
 
 
 @SEARCH
