@@ -53,11 +53,12 @@ from cluster.simulation.profile import CostProfile
 from cluster.simulation.profile_files import load_profile
 
 PROFILE = "llama-8b-a10"
-CPU_BLOCKS = 40
-"""Pool of the CPU runs: 624 tokens, of conversations of at most ``CPU_LOAD.max_len``."""
+CPU_BLOCKS, QUICK_BLOCKS = 40, 16
+"""Pools of the CPU runs: a little more than the longest conversation."""
 LOAD = Load(sessions=200)
 CPU_LOAD = Load(sessions=6, rate=4.0, scale=1 / 16, max_len=512)
-SENSITIVITY_SEEDS = 2
+VARIED_LOAD, VARIED_SEEDS = dataclasses.replace(LOAD, sessions=100), 3
+"""Of the sensitivity table: it has two runs a seed for each of its rows."""
 
 LATENCIES = [f"{name}_p{level:g}" for name in ("ttft", "tbt") for level in LEVELS]
 
@@ -74,7 +75,7 @@ class Run:
         seed: Of everything that is drawn.
         load: What is asked.
         profile: What it runs on; None: this machine, with ``model``.
-        model: Of a CPU run.
+        model, num_blocks: Of a CPU run.
     """
 
     system: str
@@ -83,6 +84,7 @@ class Run:
     load: Load
     profile: CostProfile | None
     model: str = ""
+    num_blocks: int = 0
 
     @property
     def file_name(self) -> str:
@@ -99,7 +101,7 @@ class Run:
             return run_modelled(system, self.profile, self.load, self.pattern, self.seed)
         from bench.switch_cpu import run_cpu  # the modelled part needs no torch
 
-        return run_cpu(system, self.model, CPU_BLOCKS, self.load, self.pattern, self.seed)
+        return run_cpu(system, self.model, self.num_blocks, self.load, self.pattern, self.seed)
 
 
 def _execute(run: Run, folder: Path) -> Result:
@@ -251,12 +253,12 @@ def variants(profile: CostProfile) -> list[tuple[str, float, CostProfile]]:
 def modelled(options: argparse.Namespace, folder: Path) -> tuple[Result, list[Target]]:
     """The modelled part: its result and its targets."""
     profile = load_profile(PROFILE)
-    load = dataclasses.replace(LOAD, sessions=60) if options.quick else LOAD
+    load = dataclasses.replace(LOAD, sessions=40) if options.quick else LOAD
     seeds = range(1 if options.quick else options.seeds)
     patterns = PATTERNS[:1] if options.quick else PATTERNS
-    varied_seeds = range(0 if options.quick else min(options.seeds, SENSITIVITY_SEEDS))
+    varied_seeds = range(0 if options.quick else min(options.seeds, VARIED_SEEDS))
     varied_runs = [
-        Run(system, patterns[0], seed, load, varied)
+        Run(system, patterns[0], seed, VARIED_LOAD, varied)
         for _, _, varied in variants(profile)
         for seed in varied_seeds
         for system in (FIRST, WHOLE)
@@ -276,6 +278,8 @@ def modelled(options: argparse.Namespace, folder: Path) -> tuple[Result, list[Ta
         "markov_stay": STAY,
         "seeds": len(seeds),
         "patterns": {},
+        "varied_load": dataclasses.asdict(VARIED_LOAD),
+        "varied_seeds": len(varied_seeds),
         "sensitivity": [],
     }
     targets = []
@@ -293,7 +297,7 @@ def modelled(options: argparse.Namespace, folder: Path) -> tuple[Result, list[Ta
         if pattern == patterns[0]:
             targets += verdict(rows)
     if varied_seeds:
-        table = sensitivity(profile, found, patterns[0], varied_seeds, load)
+        table = sensitivity(profile, found, patterns[0], varied_seeds, VARIED_LOAD)
         result["sensitivity"] = table
         print(f"\n{WHOLE} over {FIRST}, {patterns[0]} priorities, {len(varied_seeds)} seeds")
         print_table(
@@ -347,17 +351,19 @@ def print_systems(rows: Sequence[Result]) -> None:
 
 def cpu(options: argparse.Namespace, folder: Path) -> tuple[Result, list[Target]]:
     """The part with a real model: its result and whether all systems answer alike."""
-    load = dataclasses.replace(CPU_LOAD, sessions=3) if options.quick else CPU_LOAD
+    load, blocks = CPU_LOAD, CPU_BLOCKS
+    if options.quick:
+        load, blocks = dataclasses.replace(load, sessions=4, max_len=160), QUICK_BLOCKS
     pattern, seeds = PATTERNS[0], range(1 if options.quick else options.seeds)
+    systems = (FIRST, WHOLE) if options.quick else tuple(BY_NAME)
     runs = [
-        Run(system.name, pattern, seed, load, None, options.model)
+        Run(system, pattern, seed, load, None, options.model, blocks)
         for seed in seeds
-        for system in SYSTEMS
+        for system in systems
     ]
     found = execute(runs, folder, 1)
     by_system = {
-        system.name: [found[run.file_name] for run in runs if run.system == system.name]
-        for system in SYSTEMS
+        system: [found[run.file_name] for run in runs if run.system == system] for system in systems
     }
     rows = summary(by_system)
     differing = sum(
@@ -369,7 +375,7 @@ def cpu(options: argparse.Namespace, folder: Path) -> tuple[Result, list[Target]
     print_systems(rows)
     result = {
         "model": options.model,
-        "blocks": CPU_BLOCKS,
+        "blocks": blocks,
         "load": dataclasses.asdict(load),
         "seeds": len(seeds),
         "rows": rows,

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -53,7 +54,7 @@ class SwitchExecutor(TorchExecutor):
 def run_cpu(
     system: System, model: str, num_blocks: int, load: Load, pattern: str, seed: int
 ) -> dict[str, Any]:
-    """The engine with a real model in float64, on this machine's clock and one thread."""
+    """The engine with a real model in float64, on this machine's clock."""
     return asyncio.run(_run_cpu(system, model, num_blocks, load, pattern, seed))
 
 
@@ -62,7 +63,11 @@ async def _run_cpu(
 ) -> dict[str, Any]:
     began = time.process_time()
     config = EngineConfig(
-        model=model, dtype="float64", num_blocks=num_blocks, scheduler=scheduling(load.max_len)
+        model=model,
+        dtype="float64",
+        num_blocks=num_blocks,
+        num_threads=os.cpu_count() or 1,
+        scheduler=scheduling(load.max_len),
     )
     if system.swap is not None:
         swap = dataclasses.replace(system.swap, num_blocks=HOST_FACTOR * num_blocks)
