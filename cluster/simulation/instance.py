@@ -7,9 +7,9 @@ from collections.abc import Sequence as SequenceOf
 from typing import Protocol
 
 from cluster.simulation.answers import Answers
+from cluster.simulation.attempts import Attempts
 from cluster.simulation.device import DeviceModel
 from cluster.simulation.engine import SimulatedEngine
-from cluster.simulation.migration import Attempts
 from cluster.simulation.network import NetworkConfig
 from cluster.simulation.records import InstanceRecord, RequestRecord
 from instance.clock import TimerHandle, VirtualClock
