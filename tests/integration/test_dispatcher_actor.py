@@ -213,8 +213,10 @@ def test_a_dispatcher_in_full(ray, cluster) -> None:
             ray.get(dispatcher.migrate.remote(request_id, destination))
         assert caught.value.cause.code == code
     found = status(ray, dispatcher)
-    assert [m["outcome"] for m in found["migrations"]] == ["error: the source broke", "moved"]
-    assert found["counters"]["migrations_started"] == {"admin": 2}
+    # Whatever the dispatcher moves by itself on a machine that lags is not the test's matter.
+    ordered = [m["outcome"] for m in found["migrations"] if m["reason"] == "admin"]
+    assert ordered == ["error: the source broke", "moved"]
+    assert found["counters"]["migrations_started"]["admin"] == 2
 
 
 def test_operators_change_tenants_and_policies(ray, cluster) -> None:
