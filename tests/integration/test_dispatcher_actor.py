@@ -199,7 +199,9 @@ def test_a_dispatcher_in_full(ray, cluster) -> None:
     assert answer.request_id == "held"
     assert ray.get(dispatcher.place.remote([held])) == [answer]
 
-    # Migration on demand.
+
+def test_migrations_on_demand(ray, cluster) -> None:
+    dispatcher, _ = cluster
     moved = migrated_once_there_is_room(ray, dispatcher, "mover")
     assert (moved.outcome, moved.source, moved.destination) == ("moved", "i0", "i1")
     failed = ray.get(dispatcher.migrate.remote("fragile", "i1"))
