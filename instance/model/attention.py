@@ -5,15 +5,12 @@ from __future__ import annotations
 import logging
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from instance.executor import StepBatch
 from instance.model.attention_cpu import CpuAttention
 from instance.model.context import AttentionBackend
-
-COMPILED = (torch.bfloat16, torch.float32)
-"""Types for which compiled kernels are worth importing numba."""
+from instance.model.kernels import usable
 
 logger = logging.getLogger(__name__)
 
@@ -35,14 +32,11 @@ def make_attention(kv: Tensor, num_heads: int) -> PagedAttention:
         kv: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim].
         num_heads: Of queries.
     """
-    if kv.dtype in COMPILED:
-        try:
-            # Compiled, or read from a file, by being imported and made.
-            from instance.model.attention_compiled import CompiledAttention
+    if usable(kv.dtype):
+        from instance.model.attention_compiled import CompiledAttention
 
+        try:
             return CompiledAttention(kv, num_heads)
         except ValueError as error:
-            logger.debug("attention by operators: %s", error)
-        except Exception:
-            logger.warning("attention kernels cannot be compiled here", exc_info=True)
+            logger.info("attention by operators of torch: %s", error)
     return CpuAttention(kv)

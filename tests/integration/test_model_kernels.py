@@ -14,13 +14,13 @@ from numba import types
 from torch import Tensor
 
 from instance.executor import StepBatch
-from instance.model import attention, attention_compiled
 from instance.model.attention import make_attention
 from instance.model.attention_compiled import CompiledAttention
 from instance.model.attention_cpu import CpuAttention
 from instance.model.context import AttentionOptions
-from instance.model.kernels import launch
+from instance.model.kernels import launch, usable
 from instance.model.kernels.lanes import exp, load, pointer, store, store_totals, tanh, total
+from instance.model.parts import RmsNorm, Rotary
 from instance.request import Row, StepPlan
 from tests.integration.paged import Paged, row
 
@@ -212,10 +212,16 @@ def test_without_a_compiler(
     def fail(function: object) -> None:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(attention_compiled, "kernel", fail)
-    kv = torch.zeros(2, 1, 2, 4, 2, 32)
-    assert type(attention.make_attention(kv, 4)) is CpuAttention
-    assert "cannot be compiled" in caplog.text
+    monkeypatch.setattr(launch, "kernel", fail)
+    usable.cache_clear()
+    try:
+        assert type(make_attention(torch.zeros(2, 1, 2, 4, 2, 32), 4)) is CpuAttention
+        x = torch.randn(1, 3, 32)
+        expected = torch.nn.functional.rms_norm(x, (32,), eps=1e-6)
+        torch.testing.assert_close(RmsNorm(torch.ones(32), 1e-6, False)(x), expected)
+    finally:
+        usable.cache_clear()
+    assert "no kernels can be compiled" in caplog.text
 
 
 def test_items_cover_each_query_and_head_once() -> None:
@@ -232,3 +238,45 @@ def test_items_cover_each_query_and_head_once() -> None:
             seen[first:last, head:end] += 1
             assert first + shift >= begin
         assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 16), (1, 70, 576), (1, 5, 3, 64)])
+def test_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    weight = torch.randn(shape[-1]).to(dtype)
+    x = (3 * torch.randn(shape)).to(dtype)
+    expected = torch.nn.functional.rms_norm(x.double(), shape[-1:], weight.double(), 1e-3)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found = RmsNorm(weight, 1e-3, False)(x)
+        assert found.dtype == dtype
+        slack = TOLERANCE[dtype] / 2
+        torch.testing.assert_close(found.double(), expected, rtol=slack, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("positions", [1, 100])
+def test_rotary(positions: int, dtype: torch.dtype) -> None:
+    """Halves have angles of their own; queries and keys are parts of one product."""
+    heads, kv_heads, size = 9, 3, 64
+    joined = torch.randn(1, positions, heads + kv_heads, size).to(dtype).transpose(1, 2)
+    q, k = joined[:, :heads], joined[:, heads:]
+    angles = torch.randn(1, positions, size, dtype=torch.float64)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def rotated(x: Tensor) -> Tensor:
+        left, right = x.double().chunk(2, dim=-1)
+        turned = torch.cat((-right, left), dim=-1)
+        return x.double() * cos[:, None].double() + turned * sin[:, None].double()
+
+    def never(*args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        raise AssertionError
+
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for found, x in zip(Rotary(never)(q, k, cos, sin), (q, k), strict=True):
+            assert found.dtype == dtype
+            assert found.shape == x.shape
+            torch.testing.assert_close(
+                found.double(), rotated(x), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+            )

@@ -164,7 +164,11 @@ def test_ctrl_c_gives_the_figures_until_then(url: str, tmp_path: Path) -> None:
     workload = "fixed?rate=20&requests=5000&prompt=20&output=3"
     command = [sys.executable, "-m", "cluster.cli", "replay", workload]
     with subprocess.Popen(
-        [*command, "--url", url, "--json", str(output)], stderr=subprocess.PIPE, text=True
+        [*command, "--url", url, "--json", str(output)],
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that run as a shell's background job would hand on that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:

@@ -17,7 +17,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from numba import cfunc, njit
@@ -25,8 +25,12 @@ from numba.core import config
 
 from instance.model.resolve import cache_folder
 
-Kernel = Callable[[tuple[int, ...]], None]
-"""Runs a kernel on arguments; what they say of the counter is not read."""
+
+class Kernel(Protocol):
+    """Runs a kernel; what the arguments say of the counter is not read."""
+
+    def __call__(self, arguments: tuple[int, ...], alone: bool = False) -> None:
+        """On as many threads as torch uses, or on this one ``alone``."""
 
 
 @functools.cache
@@ -74,16 +78,16 @@ def kernel(function: Callable[..., None]) -> Kernel:
     with _own_cache():
         code: Any = cfunc("void(CPointer(int64))", cache=True, error_model="numpy")(function)
     address: int = code.address
-    alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
     enter = _parallel_region()
 
-    def run(arguments: tuple[int, ...]) -> None:
+    def run(arguments: tuple[int, ...], alone: bool = False) -> None:
         space = (ctypes.c_int64 * (len(arguments) + 1))(*arguments, 0)
         first = ctypes.addressof(space)
         space[0] = first + 8 * len(arguments)
         threads = torch.get_num_threads()
-        if threads == 1 or enter is None:
-            alone(first)
+        if alone or threads == 1 or enter is None:
+            call(first)
         else:
             enter(address, first, threads, 0)
 
