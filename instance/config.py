@@ -17,7 +17,8 @@ class SchedulerConfig:
         enable_prefix_caching: Reuse full blocks of equal prefixes.
         theta: How far ahead of another a tenant must be, in service by weight, before its
             sequences are preempted for the other's; None: twice what a swap costs.
-        priority_interval: Steps between two readings of the tenants' counters.
+        priority_interval: Steps between two readings of the tenants' counters at most; a step
+            with prefill is followed by one.
         tpot_targets: Seconds that an output token may take, by class; 0, or none: a few times
             a step without prefill. Prefill shares steps as far as they allow.
     """

@@ -24,6 +24,11 @@ class Draft:
         self.budget = budget - (plan.num_tokens if plan.rows else 0)
         self.bounded = False
 
+    @property
+    def prefills(self) -> bool:
+        """Some row computes more than one position."""
+        return any(row.length > 1 for row in self.rows.values())
+
     def put(self, sequence: Sequence, count: int) -> None:
         """A row for the next ``count`` positions of a sequence that has none."""
         start = sequence.num_computed

@@ -171,9 +171,10 @@ class LeasedCounters:
         return self._due
 
     def left(self, account: Account) -> float:
-        """Service that may be charged to an account before a report becomes due."""
+        """Service that may be charged to an account before a report becomes due; none where
+        one is due already."""
         if self._due:
-            return math.inf
+            return 0.0
         entry = self._entries.get(account)
         used = 0.0 if entry is None else entry.charged - entry.reported
         return self.lease * self.weight(account[0]) - used

@@ -144,6 +144,9 @@ class Planner:
             back = still
         if back or self._paused:
             self._pause(back)
+        if self._waiting and draft.prefills:
+            # A prefill may even out or open a gap that takes many decodes.
+            self._read_due = min(self._read_due, draft.plan.number + 1)
 
     # ---- sequences that run
 
@@ -242,6 +245,7 @@ class Planner:
                 at += 1
                 continue
             if not preempted and self._enter(draft, sequence):
+                at = 0  # the order may have changed
                 continue
             if sequence in draft.plan.preempted or not may_preempt:
                 break
@@ -280,6 +284,10 @@ class Planner:
         if draft.budget > 0 or draft.make_room():
             count = min(sequence.num_tokens - sequence.num_computed, max(1, draft.budget))
             draft.put(sequence, count)
+            paid = max(sequence.num_cached, sequence.charged_prompt)
+            fresh = min(sequence.num_computed, sequence.num_prompt) - paid
+            if fresh > 0 and draft.budget > 0:
+                self._queues.entered(sequence.account, fresh)
         return True
 
     def _enter_loaded(self, draft: Draft, may_preempt: bool) -> None:
@@ -409,7 +417,8 @@ class Planner:
         self._queues.wait(victim)
 
     def _read_priorities(self, draft: Draft) -> None:
-        """Every few steps, and only where somebody could go before another."""
+        """Every few steps, after each with prefill, and only where somebody could go before
+        another."""
         if draft.plan.number >= self._read_due:
             self._read_due = draft.plan.number + self._interval
             self._hopeless = None

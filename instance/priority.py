@@ -18,7 +18,7 @@ from collections.abc import Sequence as SequenceOf
 from operator import attrgetter
 
 from instance.fairness import OUTPUT_WEIGHT, ServiceCounters, service
-from instance.request import Account, Sequence
+from instance.request import Account, Sequence, SequenceStatus
 
 rank_of = attrgetter("rank")
 """Sort key of the queues."""
@@ -53,8 +53,9 @@ class Priorities:
         counters: Who keeps the tenants' service.
         theta: Fixed; None derives it from ``swap_cost``.
         swap_cost: Asked again at every reading.
-        least: Theta is at least this much service where it is derived: what a batch may be
-            served between two readings, since no smaller difference is known for certain.
+        interval: Steps between two readings. A derived theta is at least what the batch is
+            served in that time: no smaller difference is known for certain.
+        max_rows: Of the batch; a derived theta is that of a full one before the first reading.
 
     Attributes:
         theta: In units of the counters: service by weight.
@@ -65,14 +66,15 @@ class Priorities:
         counters: ServiceCounters,
         theta: float | None = None,
         swap_cost: SwapCost = recompute_cost,
-        least: float = 0.0,
+        interval: int = 0,
+        max_rows: int = 0,
     ) -> None:
         self.counters = counters
         self.swap_cost = swap_cost
         self._fixed = theta
-        self._least = least
+        self._interval = interval
         self._known: dict[Account, float] = {}
-        self.theta = least if theta is None else theta
+        self.theta = least_gap(max_rows, interval) if theta is None else theta
 
     def rank(self, sequence: Sequence) -> None:
         """Give a sequence that enters a queue its rank, by the last reading."""
@@ -88,22 +90,35 @@ class Priorities:
             request.request_id,
         )
 
+    def plan(self, account: Account, prompt: int) -> None:
+        """So many prompt tokens of an account were planned after the last reading."""
+        self._known[account] += service(prompt, 0) / self.counters.weight(account[0])
+
     def read(self, sequences: Iterable[Sequence]) -> None:
-        """Read the counters anew; the caller sorts its queues afterwards."""
+        """Read the counters anew, as if all that is planned were done; the caller sorts its
+        queues afterwards.
+        """
+        live = list(sequences)
+        counters = self.counters
         known = self._known = {}
-        longest = 0
-        for sequence in sequences:
-            account = sequence.account
-            counter = known.get(account)
-            if counter is None:
-                counter = known[account] = self.counters.counter(account)
+        longest = rows = 0
+        for sequence in live:
+            account, computed = sequence.account, sequence.num_computed
+            if account not in known:
+                known[account] = counters.counter(account)
+            if computed:
+                longest = max(longest, computed)
+                rows += sequence.status is SequenceStatus.RUNNING
+                planned = _planned(sequence)
+                if planned:
+                    known[account] += planned / counters.weight(account[0])
+        for sequence in live:
             rank = sequence.rank
+            counter = known[sequence.account]
             sequence.rank = rank[0], counter, rank[2], not sequence.num_preemptions, rank[4]
-            if sequence.num_computed > longest:
-                longest = sequence.num_computed
         if self._fixed is None and known:
-            cost = max(self._least, 2 * self.swap_cost(longest))
-            self.theta = cost / min(self.counters.weight(tenant) for tenant, _ in known)
+            cost = max(least_gap(rows, self._interval), 2 * self.swap_cost(longest))
+            self.theta = cost / min(counters.weight(tenant) for tenant, _ in known)
 
     def entitled(self, candidate: Sequence, victim: Sequence) -> PreemptionReason | None:
         """Why a waiting sequence may take a running one's place; None if it may not."""
@@ -182,6 +197,15 @@ class Priorities:
         return chosen
 
 
+def _planned(sequence: Sequence) -> float:
+    """Service that the steps which run or are planned give a sequence, not charged yet."""
+    if sequence.silent:
+        return 0.0
+    paid = max(sequence.charged_prompt, sequence.num_cached)
+    prompt = min(sequence.num_computed, sequence.num_prompt) - paid
+    return service(max(0, prompt), sequence.num_in_flight)
+
+
 def prefills(sequence: Sequence) -> bool:
     """More than one of its positions is still to be computed."""
     return sequence.num_tokens - sequence.num_computed > 1
@@ -240,6 +264,6 @@ class _Room:
         self._seats += 1
 
 
-def least_gap(max_num_seqs: int, interval: int) -> float:
-    """Service that a full batch of decodes is given between two readings of the counters."""
-    return OUTPUT_WEIGHT * max_num_seqs * interval
+def least_gap(rows: int, interval: int) -> float:
+    """Service that so many decodes are given between two readings of the counters."""
+    return OUTPUT_WEIGHT * rows * interval

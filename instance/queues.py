@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from instance.kv.blocks import IntegrityError
 from instance.priority import Priorities, rank_of
-from instance.request import Sequence, SequenceStatus
+from instance.request import Account, Sequence, SequenceStatus
 
 _RUNNING = SequenceStatus.RUNNING
 _WAITING = SequenceStatus.WAITING
@@ -42,6 +42,16 @@ class Queues:
         self.priorities.counters.waiting_begins(sequence.account, sequence.request_id)
         self.priorities.rank(sequence)
         insort(self.waiting, sequence, key=rank_of)
+
+    def entered(self, account: Account, prompt: int) -> None:
+        """One that entered computes so many prompt tokens: its account goes behind others
+        that are further behind by now."""
+        self.priorities.plan(account, prompt)
+        for queue in (self.running, self.waiting):
+            for sequence in queue:
+                if sequence.account == account:
+                    self.priorities.rank(sequence)
+            queue.sort(key=rank_of)
 
     def leave(self, sequence: Sequence) -> None:
         """Out of the list that the sequence is in, if any. One that waited still does, until

@@ -33,7 +33,7 @@ from instance.kv.swap import Swap
 from instance.kv.tables import BlockTables
 from instance.limits import Limits
 from instance.planner import Planner, PlannerFigures
-from instance.priority import Priorities, least_gap, recompute_cost
+from instance.priority import Priorities, recompute_cost
 from instance.queues import Queues
 from instance.request import (
     Account,
@@ -117,7 +117,8 @@ class Scheduler:
             self.counters,
             config.theta,
             recompute_cost if self.swap is None else self.swap.cost.swap_service,
-            least_gap(self.max_num_seqs, config.priority_interval),
+            config.priority_interval,
+            self.max_num_seqs,
         )
         self.budget = TokenBudget(config.max_num_batched_tokens, config.tpot_targets)
         self._queues = Queues(self.priorities)

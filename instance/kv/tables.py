@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from instance.kv.blocks import BlockPool, IntegrityError
-from instance.kv.prefix import extend_hashes
+from instance.kv.prefix import extend_hashes, with_adapter
 from instance.request import Sequence
 
 
@@ -117,6 +117,5 @@ class BlockTables:
 
     def hash(self, sequence: Sequence) -> None:
         """Bring the hashes of the sequence's full blocks up to date."""
-        adapter = sequence.request.adapter
-        salt = self._salt + b"\0" + adapter.encode() if adapter else self._salt
+        salt = with_adapter(self._salt, sequence.request.adapter)
         extend_hashes(sequence.block_hashes, sequence.tokens, self.pool.block_size, salt)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from instance.model.context import AttentionOptions, forward_context
@@ -32,6 +32,7 @@ from instance.model.packing import (
     nearly_equal,
     probe,
 )
+from instance.model.parts import RmsNorm, Rotary
 from instance.model.support import text_config
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -186,29 +187,6 @@ def _wrap_linears(model: nn.Module, undo: Undo) -> None:
             _exchange(parent, name, PackedLinear(child.weight, child.bias), undo)
 
 
-class RmsNorm(nn.Module):
-    """Root mean square normalisation as one operation.
-
-    Args:
-        weight: [width] factors.
-        eps: Added to the mean square.
-        wide: Compute in float32 where the weight is float32 and the input is not.
-    """
-
-    def __init__(self, weight: Tensor, eps: float, wide: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        # Parameters are slow to look up.
-        self._settings = ((weight.shape[0],), self.weight.data, eps)
-        self._wide = wide
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The shape and type of ``x``, normalised over the last dimension."""
-        if self._wide:
-            return rms_norm(x.float(), *self._settings).to(x.dtype)
-        return rms_norm(x, *self._settings)
-
-
 def _replace_norms(model: nn.Module, undo: Undo) -> None:
     for parent, name, child in _children(model):
         if type(child).__name__.endswith("RMSNorm"):
@@ -237,43 +215,6 @@ def _rms_norm(module: nn.Module) -> RmsNorm | None:
     return None
 
 
-class Rotary:
-    """Rotary position embedding of query and key in three operations each.
-
-    The halves are swapped whole and the sign goes to the sine, once per step: layers are
-    given the same cosine and sine, or one of a few pairs.
-
-    Args:
-        original: What computes the shapes and types that this does not.
-    """
-
-    def __init__(self, original: Callable[..., tuple[Tensor, Tensor]]) -> None:
-        self._original = original
-        self._known: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
-
-    def __call__(
-        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
-    ) -> tuple[Tensor, Tensor]:
-        """Query and key rotated; cos and sin are [1, T, head_dim]."""
-        if q.shape[-1] != sin.shape[-1] or q.dtype != sin.dtype:
-            return self._original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
-        key = (id(cos), id(sin), unsqueeze_dim)
-        known = self._known.get(key)
-        half = q.shape[-1] // 2
-        if known is None:
-            if len(self._known) >= 4:
-                self._known.clear()
-            signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
-            # The originals are held so that their ids stay theirs.
-            known = (cos, sin, cos.unsqueeze(unsqueeze_dim), signed.unsqueeze(unsqueeze_dim))
-            self._known[key] = known
-        _, _, cos, signed = known
-        return (
-            torch.addcmul(q * cos, q.roll(half, -1), signed),
-            torch.addcmul(k * cos, k.roll(half, -1), signed),
-        )
-
-
 def _replace_rotary(model: nn.Module, dtype: torch.dtype, undo: Undo) -> None:
     """Give attention layers a copy of their forward function with another global.
 
@@ -298,10 +239,10 @@ def _with_rotary(forward: types.FunctionType, dtype: torch.dtype) -> types.Funct
     original = forward.__globals__[ROTARY]
     rotary = Rotary(original)
     # Either half has angles of its own, so that another layout of the pairs shows.
-    angles = probe(16, torch.float64)
+    angles = probe(32, torch.float64)
     args = (
-        probe(48, dtype).view(1, 3, 3, 16).transpose(1, 2),
-        probe(32, dtype).view(1, 3, 2, 16).transpose(1, 2),
+        probe(96, dtype).view(1, 3, 3, 32).transpose(1, 2),
+        probe(64, dtype).view(1, 3, 2, 32).transpose(1, 2),
         angles.cos().to(dtype),
         angles.sin().to(dtype),
     )

@@ -15,13 +15,14 @@ import torch
 from instance.config import EngineConfig
 from instance.executor import Copier, ModelDescription, StepBatch, StepResult
 from instance.kv.copier import TensorCopier, TensorKvPool
-from instance.model.attention_cpu import CpuAttention
+from instance.model.attention import make_attention
 from instance.model.context import forward_context
 from instance.model.grammar import Grammars, load_tokenizer
 from instance.model.loader import describe, load_model
 from instance.model.logprobs import RawLogprobs
 from instance.model.resolve import Progress, resolve_model
 from instance.model.sampler import sample
+from instance.model.support import text_config
 from instance.request import Grammar
 
 Done = Callable[[StepResult | BaseException], None]
@@ -79,7 +80,8 @@ class TorchExecutor:
                 self.description.eos_token_ids,
             ),
         )
-        self._attention = CpuAttention(self._kv)
+        heads = text_config(self._model.config).num_attention_heads
+        self._attention = make_attention(self._kv, heads)
         kv = TensorKvPool(self._kv, self._attention.written)
         self.kv: TensorKvPool | None = kv
         self.copier: Copier | None = None

@@ -9,90 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from instance.executor import StepBatch
-from instance.kv.copier import TensorKvPool
 from instance.model import attention_cpu
 from instance.model.attention_cpu import CpuAttention
 from instance.model.context import AttentionOptions
 from instance.request import Request, Row, SamplingParams, Sequence, StepPlan
-
-LAYERS, SIZE, KV_HEADS, HEADS, DIM = 2, 4, 2, 6, 8
-
-
-class Paged:
-    """Sequences with known K and V, stored by steps through the attention under test."""
-
-    def __init__(self, num_blocks: int = 400, seed: int = 0) -> None:
-        shape = (num_blocks, LAYERS, 2, SIZE, KV_HEADS, DIM)
-        self.kv = torch.full(shape, torch.nan, dtype=torch.float64)
-        self.attention = CpuAttention(self.kv)
-        self.pool = TensorKvPool(self.kv, self.attention.written)
-        self.random = torch.Generator().manual_seed(seed)
-        self.free = torch.randperm(num_blocks - 1, generator=self.random).add(1).tolist()
-        self.known: dict[Sequence, Tensor] = {}
-
-    def sequence(self, length: int) -> Sequence:
-        """A sequence of known K and V, [layers, 2, length, heads, dim]; nothing is stored."""
-        sequence = Sequence.start(Request("r", tuple(range(length)), SamplingParams()))
-        self.known[sequence] = self.normal(LAYERS, 2, length, KV_HEADS, DIM)
-        sequence.block_table = [self.free.pop() for _ in range(-(-length // SIZE))]
-        return sequence
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.random, dtype=torch.float64)
-
-    def step(self, rows: list[Row], options: AttentionOptions) -> list[list[Tensor]]:
-        """Run a step through all layers; per layer and row the output and the reference."""
-        self.attention.prepare(StepBatch.build(StepPlan(0, rows), SIZE))
-        worst = []
-        for layer in range(LAYERS):
-            query = self.normal(1, HEADS, sum(row.length for row in rows), DIM)
-            parts = [
-                self.known[row.sequence][layer, :, row.start : row.start + row.length]
-                for row in rows
-            ]
-            key, value = torch.cat(parts, dim=1).transpose(1, 2)[:, None]
-            found = self.attention.attend(layer, query, key, value, options)[0]
-            first = 0
-            for row in rows:
-                end = row.start + row.length
-                expected = dense(
-                    query[0, :, first : first + row.length],
-                    self.known[row.sequence][layer, :, :end],
-                    row.start,
-                    options,
-                )
-                worst.append([found[first : first + row.length], expected])
-                first += row.length
-        return worst
-
-    def check(self, rows: list[Row], options: AttentionOptions) -> None:
-        for found, expected in self.step(rows, options):
-            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-
-
-def dense(query: Tensor, kv: Tensor, start: int, options: AttentionOptions) -> Tensor:
-    """[T, heads, dim] of queries [heads, T, dim] from position ``start`` on, term by term."""
-    key, value = (one.repeat_interleave(HEADS // KV_HEADS, dim=1).transpose(0, 1) for one in kv)
-    scores = query @ key.transpose(1, 2) * options.scaling
-    if options.softcap is not None:
-        scores = options.softcap * torch.tanh(scores / options.softcap)
-    at, keys = torch.arange(start, start + query.shape[1])[:, None], torch.arange(key.shape[1])
-    visible = keys <= at
-    if options.sliding_window is not None:
-        visible &= keys > at - options.sliding_window
-    weights = torch.exp(scores) * visible
-    total = weights.sum(-1, keepdim=True)
-    if options.sinks is not None:
-        total = total + torch.exp(options.sinks)[:, None, None]
-    return (weights / total @ value).transpose(0, 1)
-
-
-def row(sequence: Sequence, start: int, count: int) -> Row:
-    return Row(sequence, start, count, True)
-
+from tests.integration.paged import DIM, HEADS, KV_HEADS, SIZE, Paged, dense, row
 
 PLAIN = AttentionOptions(scaling=1 / math.sqrt(DIM))
 SINKS = torch.linspace(-1, 2, HEADS, dtype=torch.float64)

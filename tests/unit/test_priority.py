@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from instance.fairness import TenantCounters, service
 from instance.priority import PreemptionReason, Priorities, least_gap, rank_of
-from instance.request import Request, RequestClass, SamplingParams, Sequence
+from instance.request import Request, RequestClass, SamplingParams, Sequence, SequenceStatus
 
 STANDARD = RequestClass.STANDARD
 
@@ -73,16 +73,44 @@ def test_ranks_change_with_a_reading_only() -> None:
 
 def test_theta_is_twice_what_a_swap_of_the_longest_costs() -> None:
     counters = TenantCounters({"a": 0.5, "b": 4.0})
-    priorities = Priorities(counters, None, lambda tokens: 3.0 * tokens, least_gap(4, 8))
+    priorities = Priorities(counters, None, lambda tokens: 3.0 * tokens, 8, 4)
     short, long = make("short", "a", computed=1), make("long", "b", computed=100)
     assert priorities.theta == least_gap(4, 8) == 64
     priorities.read([short, long])
     assert priorities.theta == 2 * 300 / 0.5
+    # Not below what the batch is given until the next reading, however small that is.
     priorities.read([short])
-    assert priorities.theta == 64 / 0.5
+    assert priorities.theta == 6 / 0.5
+    short.status = SequenceStatus.RUNNING
+    priorities.read([short])
+    assert priorities.theta == least_gap(1, 8) / 0.5
     fixed = Priorities(counters, 7.0)
     fixed.read([short, long])
     assert fixed.theta == 7.0
+
+
+def test_a_reading_counts_what_is_planned_as_done() -> None:
+    counters = TenantCounters({"a": 2.0})
+    counters.charge(("a", STANDARD), 20, 0)
+    priorities = Priorities(counters, theta=0.0)
+    prefill = make("prefill", "a", computed=0)
+    other = make("other", "b")
+    priorities.read([prefill, other])
+    assert (prefill.rank[1], other.rank[1]) == (10, 0)
+    prefill.num_computed = 1
+    assert prefill.num_prompt >= 1
+    priorities.read([prefill, other])
+    assert prefill.rank[1] == 10 + 1 / 2
+    prefill.num_in_flight = 3
+    priorities.read([prefill, other])
+    assert prefill.rank[1] == 10 + (1 + 2 * 3) / 2
+    # What is charged already, was cached, or is not charged yet by rule, does not count twice.
+    prefill.charged_prompt = 1
+    priorities.read([prefill, other])
+    assert prefill.rank[1] == 10 + 2 * 3 / 2
+    prefill.charged_prompt, prefill.silent = 0, True
+    priorities.read([prefill, other])
+    assert prefill.rank[1] == 10
 
 
 def test_a_class_displaces_lower_ones_whatever_their_service() -> None:

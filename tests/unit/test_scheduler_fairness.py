@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -274,3 +275,32 @@ def test_a_long_rough_run_meets_every_case() -> None:
         assert rough.steps < 30_000, "sequences starve"
         rough.step()
     rough.run()
+
+
+def test_tenants_take_turns_at_prefill_between_two_readings() -> None:
+    """Who was just given a prompt is ahead, however long ago the counters were due."""
+    world = Tenants(
+        {"a": 1.0, "b": 1.0}, max_num_batched_tokens=8, priority_interval=1000, theta=math.inf
+    )
+    for tenant in "aab":
+        world.submit(tenant, 8, 1)
+    for _ in range(3):
+        world.submit("a", 8, 1)
+        world.submit("b", 8, 1)
+    order = []
+    while world.scheduler.has_work():
+        before = set(world.scheduler.sequences)
+        world.step()
+        order += sorted(before - set(world.scheduler.sequences))
+    tenants = [name[0] for name in order]
+    assert len(tenants) == 9
+    for end in range(2, 9):
+        assert abs(tenants[:end].count("a") - tenants[:end].count("b")) <= 1
+
+
+def test_tenants_take_turns_at_entering_within_a_step() -> None:
+    world = Tenants({"a": 1.0, "b": 2.0}, max_num_batched_tokens=100, theta=math.inf)
+    for tenant in "aaaabbbb":
+        world.submit(tenant, 15, 5)
+    entered = [row.sequence.request.tenant for row in world.scheduler.schedule().rows]
+    assert entered == list("abbabba")
