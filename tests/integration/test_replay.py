@@ -162,13 +162,14 @@ def test_what_prevents_it_is_said(
 def test_ctrl_c_gives_the_figures_until_then(url: str, tmp_path: Path) -> None:
     output = tmp_path / "out.json"
     workload = "fixed?rate=20&requests=5000&prompt=20&output=3"
-    command = [sys.executable, "-m", "cluster.cli", "replay", workload]
+    # Tests that run as a shell's background job would hand on that Ctrl-C is ignored.
+    start = (
+        "import signal, sys; from cluster.cli import main;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", start, "replay", workload]
     with subprocess.Popen(
-        [*command, "--url", url, "--json", str(output)],
-        stderr=subprocess.PIPE,
-        text=True,
-        # Tests that run as a shell's background job would hand on that Ctrl-C is ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        [*command, "--url", url, "--json", str(output)], stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:
