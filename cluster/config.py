@@ -130,6 +130,13 @@ def placement_policy(text: str) -> str:
     return name
 
 
+def existing_folder(text: str) -> str:
+    """The absolute path of a folder, or nothing."""
+    if text and not Path(text).expanduser().is_dir():
+        raise ConfigError(f"there is no folder {text!r}")
+    return str(Path(text).expanduser().absolute()) if text else ""
+
+
 def _theta(text: str) -> float | None:
     """A number, or the word auto."""
     return None if text == "auto" else number(0.0)(text)
@@ -379,6 +386,13 @@ class ServeConfig:
         "POLICY",
         _POLICY,
         f"which instance a request goes to: {', '.join(POLICIES)}, or FILE.py:FUNCTION",
+    )
+    policy_dir: str = setting(
+        "",
+        existing_folder,
+        "FOLDER",
+        _POLICY,
+        "folder of placement policies that the admin API may load (default: it loads no file)",
     )
     rebalance: bool = setting(
         True, switch, "on|off", _POLICY, "move running requests to balance load"

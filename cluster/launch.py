@@ -74,7 +74,9 @@ class GatewayProcess:
         self._actor.stop()
 
 
-def start_dispatcher(config: DispatcherConfig, cluster: ClusterRef, redis_url: str = "") -> Any:
+def start_dispatcher(
+    config: DispatcherConfig, cluster: ClusterRef, redis_url: str = "", policy_dir: str = ""
+) -> Any:
     """Create the named, detached, restartable dispatcher actor; returns its handle once up."""
     import ray
 
@@ -90,7 +92,7 @@ def start_dispatcher(config: DispatcherConfig, cluster: ClusterRef, redis_url: s
             max_concurrency=10_000,
             num_cpus=0,
         )
-        .remote(config, cluster, redis_url)
+        .remote(config, cluster, redis_url, policy_dir)
     )
     ray.get(handle.status.remote(), timeout=CALL_TIMEOUT)
     return handle
@@ -183,7 +185,9 @@ class Cluster:
 
     def _start_dispatcher(self, config: DispatcherConfig) -> None:
         self._clear_abandoned()
-        self._dispatcher = start_dispatcher(config, self.ref, self.config.redis_url)
+        self._dispatcher = start_dispatcher(
+            config, self.ref, self.config.redis_url, self.config.policy_dir
+        )
 
     def _clear_abandoned(self) -> None:
         """Remove the dispatcher of a cluster of our name whose launcher was killed."""

@@ -9,6 +9,10 @@
 and returns one of the instances, or its ``instance_id``. It runs in a thread of its own and
 must answer soon; if it raises, answers late or answers nonsense, the request goes where
 ``freeness`` sends it, which is counted and now and then logged.
+
+A file's code runs in the dispatcher. The flag is the word of whoever starts the cluster; what
+comes later, by the admin API or from a store, may only name files in the folder of
+``--policy-dir``.
 """
 
 from __future__ import annotations
@@ -40,6 +44,10 @@ REST = 5.0
 """Seconds for which one that was late is not asked."""
 LOG_PERIOD = 60.0
 _numbers = itertools.count()
+
+
+class FileRefused(Exception):
+    """A policy's file is not one that may be loaded while the cluster serves."""
 
 
 class _Stop(BaseException):
@@ -76,6 +84,36 @@ def load_function(name: str) -> UserFunction:
     if not callable(found):
         raise ValueError(f"{path!r} has no function {function!r}")
     return found
+
+
+def permitted(name: str, folder: str) -> str:
+    """The name of a function in a file that may be loaded while the cluster serves.
+
+    Args:
+        name: As for ``load_function``; a path that is not absolute starts in ``folder``.
+        folder: The only folder that files may be in, or below; "" permits none.
+
+    Returns:
+        The same function's name with the file's real path: absolute, without links.
+
+    Raises:
+        FileRefused: the file is elsewhere, by ``..`` or a link for instance.
+        ValueError: what is given cannot be a path.
+    """
+    if not folder:
+        raise FileRefused(
+            "a placement policy is loaded from a file only where the cluster was started with "
+            "--policy-dir"
+        )
+    path, _, function = name.rpartition(":")
+    root = Path(folder).resolve()
+    try:
+        file = (root / path).resolve()
+    except (OSError, RuntimeError):  # links in a circle
+        file = None
+    if file is None or not file.is_relative_to(root):
+        raise FileRefused(f"{path!r} is not in the folder of --policy-dir")
+    return f"{file}:{function}"
 
 
 def file_policies(*names: str) -> dict[str, NamedPolicy]:

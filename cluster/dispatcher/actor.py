@@ -53,7 +53,7 @@ from cluster.dispatcher.messages import (
 from cluster.dispatcher.operators import OperatorCalls, first_line
 from cluster.dispatcher.overrides import POLICY, key
 from cluster.dispatcher.store import RedisStore, StateKeeper
-from cluster.user_policy import file_policies
+from cluster.user_policy import FileRefused, file_policies
 from instance.load import InstanceInfo, LoadReport, MigrationReport
 from instance.request import Account
 
@@ -82,9 +82,16 @@ class DispatcherActor(OperatorCalls):
         config: Settings.
         cluster: Where the instances' actors are found.
         redis_url: Where the state is kept; "" keeps it in memory only.
+        policy_dir: Where files of policies may be that are named while serving; "" for none.
     """
 
-    def __init__(self, config: DispatcherConfig, cluster: ClusterRef, redis_url: str = "") -> None:
+    def __init__(
+        self,
+        config: DispatcherConfig,
+        cluster: ClusterRef,
+        redis_url: str = "",
+        policy_dir: str = "",
+    ) -> None:
         # Versions grow across restarts, so that a gateway never takes an old view for new.
         version = time.time_ns() // 1_000_000
         policies = file_policies(config.placement)
@@ -95,6 +102,7 @@ class DispatcherActor(OperatorCalls):
         self._moves = {}
         self._migrations = deque(maxlen=64)
         self._audit = AuditLog()
+        self._policy_dir = policy_dir
         self._changed = asyncio.Event()
         self._handles: dict[tuple[str, str], Any] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -209,7 +217,7 @@ class DispatcherActor(OperatorCalls):
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self._audit.restore(state.get("audit"))
-        self._load_policy(state)
+        self._restore_policy(state)
         self._do(self._core.restore_state(state, time.monotonic()))
 
     # ---- whoever runs the instances
@@ -223,16 +231,15 @@ class DispatcherActor(OperatorCalls):
         """An order was carried out ("started", "stopped"), or why it was not."""
         self._handle(ScalingEnded(instance_id, outcome))
 
-    def _load_policy(self, state: Mapping[str, Any]) -> None:
+    def _restore_policy(self, state: Mapping[str, Any]) -> None:
         """Load the file of the placement policy that an earlier dispatcher was given."""
         overrides = state.get("overrides")
         entry = overrides.get(key(POLICY, "placement")) if isinstance(overrides, dict) else None
         name = entry[1] if isinstance(entry, list | tuple) and len(entry) == 2 else None
         if isinstance(name, str) and not self._core.policies.knows(name):
             try:
-                for known, policy in file_policies(name).items():
-                    self._core.policies.add(known, policy)
-            except ValueError as error:
+                self._load_policy(name)
+            except (FileRefused, ValueError) as error:
                 logger.warning("placement policy %s is not used: %s", name, error)
 
     # ---- events and actions

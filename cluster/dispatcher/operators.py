@@ -24,7 +24,7 @@ from cluster.dispatcher.events import (
 from cluster.dispatcher.figures import figures, instance_figures
 from cluster.dispatcher.store import StateKeeper
 from cluster.dispatcher.tenants import policy_to_json
-from cluster.user_policy import file_policies
+from cluster.user_policy import FileRefused, file_policies, is_file_policy, permitted
 from instance.load import Figure, MigrationReport, Role
 
 CHECK_TIMEOUT = 10.0
@@ -34,7 +34,7 @@ class OrderError(Exception):
     """An order that cannot be followed.
 
     Attributes:
-        code: "unknown_request", "unknown_instance", "conflict" or "invalid_value".
+        code: "unknown_request", "unknown_instance", "conflict", "invalid_value" or "forbidden".
         param: The value at fault, if it is one.
     """
 
@@ -57,6 +57,7 @@ class OperatorCalls:
     _moves: dict[str, list[asyncio.Future[MigrationReport]]]
     _migrations: deque[MigrationReport]
     _started: float
+    _policy_dir: str
 
     def _handle(self, event: Event) -> list[Action]:
         raise NotImplementedError
@@ -130,22 +131,41 @@ class OperatorCalls:
         """Change policies, or say what changed ones would decide; ready for JSON.
 
         Raises:
-            OrderError: a name or value is unknown.
+            OrderError: a name or value is unknown, or a file must not be loaded.
         """
         core = self._core
         before = core.policies.settings()
         try:
-            for name, policy in file_policies(str(changes.get("placement"))).items():
-                core.policies.add(name, policy)
+            if "placement" in changes:
+                changes = {**changes, "placement": self._load_policy(changes["placement"])}
             if dry_run:
                 return core.dry_run(changes, time.monotonic())
             after = core.set_policies(changes)
+        except FileRefused as error:
+            raise OrderError("forbidden", str(error), "placement") from None
         except ValueError as error:
             raise OrderError("invalid_value", str(error)) from None
         for field in changes:
             self._note(who, field, before[field], after[field])
         self._handle(Tick())
         return after
+
+    def _load_policy(self, name: Any) -> Any:
+        """Read a placement policy's file, if it has one; returns the name that it is known by.
+
+        The one of ``--placement`` is known already, wherever it is.
+
+        Raises:
+            FileRefused: the file must not be loaded.
+            ValueError: it cannot be.
+        """
+        policies = self._core.policies
+        if not isinstance(name, str) or not is_file_policy(name) or name == policies.first:
+            return name
+        name = permitted(name, self._policy_dir)
+        for known, policy in file_policies(name).items():
+            policies.add(known, policy)
+        return name
 
     async def check(self) -> dict[str, Any]:
         """What every instance says of its block pool, ready for JSON; or its "error"."""

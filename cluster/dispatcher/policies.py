@@ -56,6 +56,9 @@ class Policies:
         rng: Source of numbers for the policies that draw.
         count: Counts an event of a kind under a reason.
 
+    Attributes:
+        first: Name of the policy at start.
+
     Raises:
         ValueError: the policy is unknown.
     """
@@ -68,6 +71,7 @@ class Policies:
         rng: Uniform,
         count: Callable[[str, str, int], None],
     ) -> None:
+        self.first = placement
         self._known = dict(known)
         self._migrations = migrations
         self._rng = rng

@@ -34,6 +34,7 @@ _STATUSES = {
     "unknown_instance": 404,
     "conflict": 409,
     "invalid_value": 400,
+    "forbidden": 403,
 }
 
 

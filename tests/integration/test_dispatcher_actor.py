@@ -4,14 +4,17 @@ import asyncio
 import contextlib
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from cluster import launch, ray_setup
 from cluster.config import ClusterRef
+from cluster.dispatcher.actor import DispatcherActor
 from cluster.dispatcher.core import DispatcherConfig
 from cluster.dispatcher.load import LoadConfig
 from cluster.dispatcher.messages import ClusterView, Placement, Refusal
+from cluster.dispatcher.operators import OrderError
 from cluster.dispatcher.rebalance import RebalanceConfig
 from cluster.dispatcher.requests import RequestConfig
 from cluster.reporter import DispatcherReporter
@@ -247,6 +250,59 @@ def test_operators_change_tenants_and_policies(ray, cluster) -> None:
     found = ray.get(dispatcher.requests.remote(2, "i0", ""))
     assert (found["num_requests"], len(found["requests"])) == (3, 2)
     assert {one["instance_id"] for one in ray.get(dispatcher.instances.remote())} == {"i0", "i1"}
+
+
+def write_policy(folder: Path, name: str, index: int) -> Path:
+    folder.mkdir(exist_ok=True)
+    file = folder / name
+    file.write_text(f"def choose(request, views, cached):\n    return views[{index}]\n")
+    return file
+
+
+async def test_files_of_policies_come_from_one_folder_only(tmp_path) -> None:
+    folder = tmp_path / "policies"
+    first = f"{write_policy(tmp_path, 'first.py', 0)}:choose"
+    inner = f"{write_policy(folder, 'inner.py', 0).resolve()}:choose"
+    marker = tmp_path / "ran"
+    (tmp_path / "evil.py").write_text(f"open({str(marker)!r}, 'w')\ndef choose(*_): pass\n")
+    (folder / "link.py").symlink_to(tmp_path / "evil.py")
+    config = DispatcherConfig(placement=first)
+    dispatcher = DispatcherActor(config, CLUSTER, policy_dir=str(folder))
+    closed = DispatcherActor(config, CLUSTER)
+
+    for actor, name in (
+        (dispatcher, "../evil.py:choose"),
+        (dispatcher, f"{tmp_path}/evil.py:choose"),
+        (dispatcher, "link.py:choose"),
+        (closed, f"{folder}/inner.py:choose"),
+        (closed, f"{tmp_path}/evil.py:choose"),
+    ):
+        for dry_run in (True, False):
+            with pytest.raises(OrderError, match="--policy-dir") as caught:
+                await actor.set_policies({"placement": name, "rebalance": False}, dry_run, "ann")
+            assert (caught.value.code, caught.value.param) == ("forbidden", "placement")
+        assert (await actor.policies())["placement"] == first
+        assert (await actor.policies())["rebalance"]
+    assert not marker.exists()
+
+    for actor in (dispatcher, closed):
+        await actor.set_policies({"placement": "random"}, False, "ann")
+        # The one of the start is known, wherever its file is.
+        assert (await actor.set_policies({"placement": first}, False, "ann"))["placement"] == first
+    after = await dispatcher.set_policies({"placement": "inner.py:choose"}, False, "ann")
+    assert after["placement"] == inner
+    with pytest.raises(OrderError, match="there is no file") as caught:
+        await dispatcher.set_policies({"placement": "gone.py:choose"}, False, "ann")
+    assert caught.value.code == "invalid_value"
+
+    # What a gateway or a store remembers is held to the same folder.
+    told = {"overrides": (await dispatcher.watch(-1, 0.0)).overrides}
+    for again, holds in (
+        (DispatcherActor(config, CLUSTER, policy_dir=str(folder)), inner),
+        (DispatcherActor(config, CLUSTER), first),
+    ):
+        await again.watch(-1, 0.0, told)
+        assert (await again.policies())["placement"] == holds
 
 
 def test_what_operators_set_outlives_a_killed_dispatcher(ray, cluster) -> None:

@@ -697,6 +697,23 @@ async def test_a_value_that_the_dispatcher_refuses(gateway: Gateway) -> None:
     }
 
 
+class Forbidden(Exception):
+    code = "forbidden"
+    param = "placement"
+
+
+async def test_a_file_that_the_dispatcher_does_not_load(gateway: Gateway) -> None:
+    gateway.router.answer = Wrapped(Forbidden("elsewhere"))
+    answer = await gateway.http.patch("/admin/policies", json={"placement": "x"}, headers=ADMIN)
+    assert answer.status_code == 403
+    assert error_of(answer) == {
+        "message": "elsewhere",
+        "type": "permission_error",
+        "param": "placement",
+        "code": "forbidden",
+    }
+
+
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [

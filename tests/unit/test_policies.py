@@ -7,6 +7,8 @@ import threading
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.config import placement_policy
 from cluster.dispatcher.core import Dispatcher, DispatcherConfig
@@ -16,7 +18,13 @@ from cluster.dispatcher.placement import NamedPolicy
 from cluster.dispatcher.policies import EvenSequence, PolicyFailed
 from cluster.dispatcher.views import LoadView
 from cluster.flags import ConfigError
-from cluster.user_policy import GuardedPolicy, file_policies, is_file_policy
+from cluster.user_policy import (
+    FileRefused,
+    GuardedPolicy,
+    file_policies,
+    is_file_policy,
+    permitted,
+)
 from tests.unit.dispatching import ask, dispatcher, info, placed, report, sequence
 
 NAMES = ("i0", "i1", "i2")
@@ -185,6 +193,59 @@ def test_files_are_read_anew_and_faults_are_said(tmp_path: Path) -> None:
         placement_policy(name)
     with pytest.raises(ConfigError, match="is not one of"):
         placement_policy("best")
+
+
+def test_only_files_below_the_folder_are_permitted(tmp_path: Path) -> None:
+    folder = tmp_path / "policies"
+    (folder / "more").mkdir(parents=True)
+    for file in (folder / "mine.py", folder / "more" / "other.py", tmp_path / "policies.py"):
+        file.touch()
+    (folder / "out.py").symlink_to(tmp_path / "policies.py")
+    (folder / "away").symlink_to(tmp_path)
+    (folder / "circle.py").symlink_to(folder / "circle.py")
+    (tmp_path / "link").symlink_to(folder)
+    mine = f"{folder.resolve() / 'mine.py'}:choose"
+    for name in (
+        "mine.py:choose",
+        "./more/../mine.py:choose",
+        f"{folder}/mine.py:choose",
+        f"{tmp_path}/link/mine.py:choose",
+    ):
+        assert permitted(name, str(folder)) == mine
+        assert permitted(name, str(tmp_path / "link")) == mine
+    assert permitted("more/other.py:f", str(folder)).endswith("/policies/more/other.py:f")
+    for name in (
+        "../policies.py:f",
+        f"{tmp_path}/policies.py:f",
+        "/etc/nothing.py:f",
+        "out.py:f",
+        "away/policies.py:f",
+        "more/../../policies.py:f",
+        "circle.py:f",
+        f"{folder}-too/mine.py:f",
+    ):
+        with pytest.raises(FileRefused, match="not in the folder of --policy-dir"):
+            permitted(name, str(folder))
+        with pytest.raises(FileRefused, match="started with --policy-dir"):
+            permitted(name, "")
+    with pytest.raises(ValueError, match="null"):
+        permitted("a\0b.py:f", str(folder))
+
+
+@given(st.lists(st.sampled_from(["..", ".", "a", "b", "a.py", ""]), max_size=8))
+def test_what_is_permitted_is_below_the_folder(parts: list[str]) -> None:
+    path = "/".join([*parts, "x.py"])
+    try:
+        name = permitted(f"{path}:f", "/nowhere/policies")
+    except FileRefused:
+        depth = low = 0
+        for part in parts:
+            depth += {"..": -1, ".": 0, "": 0}.get(part, 1)
+            low = min(low, depth)
+        assert path.startswith("/") or low < 0
+        return
+    assert name.startswith("/nowhere/policies/")
+    assert ".." not in Path(name).parts
 
 
 # ---- changes
