@@ -18,29 +18,21 @@ for development.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import dataclasses
-import hashlib
-import json
-import math
-import multiprocessing
 import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from bench.report import Target, finish, median, parser, print_table
+from bench import campaign
+from bench.report import Target, finish, median, print_table
 from cluster.dispatcher.core import DispatcherConfig
 from cluster.dispatcher.rebalance import RebalanceConfig
 from cluster.dispatcher.requests import RequestConfig
-from cluster.simulation.device import device
-from cluster.simulation.profile_files import load_profile
 from cluster.simulation.results import summarize
-from cluster.simulation.simulation import Scenario, Simulation
+from cluster.simulation.simulation import Simulation
 from cluster.simulation.workloads.sources import load_workload
-from instance.config import EngineConfig, MigrationConfig, SchedulerConfig
 
 BEYOND = 1.5
 """Of the highest published rate: what saturates instances with chunked prefill."""
@@ -54,7 +46,6 @@ RATES: dict[str, tuple[float, ...]] = {
 }
 """Requests per second, for 16 instances."""
 INSTANCES = 16
-KV_TOKENS = 12_800
 POLICIES = {
     "round robin": ("round_robin", False),
     "INFaaS++": ("infaas", True),
@@ -78,14 +69,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "KV used": ("balance", "kv_mean"),
     "refused": ("refused_count",),
 }
-SETTINGS: dict[str, Any] = {
-    "profile": "llama-7b-a10",
-    "max_num_seqs": 256,
-    "max_num_batched_tokens": 2048,
-    "migration_bytes_per_second": 1e9,
-    "kv_tokens": KV_TOKENS,
-    "max_tokens": 6144,
-}
+SETTINGS = campaign.TESTBED
 """What every run has in common."""
 
 
@@ -103,95 +87,38 @@ class Run:
     @property
     def file_name(self) -> str:
         """Tells the run from all others, and from the same under other settings."""
-        text = json.dumps([SETTINGS, dataclasses.astuple(self)])
-        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-        policy = self.policy.replace(" ", "-").replace("+", "p").lower()
-        return f"{self.workload}-{self.rate:g}-{policy}-{self.seed}-{self.requests}-{digest}.json"
+        words = self.workload, self.rate, self.policy, self.seed, self.requests
+        return campaign.file_name(words, SETTINGS, self)
 
-
-def simulate(run: Run) -> dict[str, Any]:
-    """The figures of one run."""
-    profile = load_profile(SETTINGS["profile"])
-    blocks = SETTINGS["kv_tokens"] // profile.model.block_size
-    profile = dataclasses.replace(profile, num_blocks=blocks)
-    share = SETTINGS["migration_bytes_per_second"]
-    placement, own_rules = POLICIES[run.policy]
-    scenario = Scenario(
-        devices=(device(profile, share),) * run.instances,
-        engine=EngineConfig(
-            scheduler=SchedulerConfig(
-                max_num_seqs=SETTINGS["max_num_seqs"],
-                max_num_batched_tokens=SETTINGS["max_num_batched_tokens"],
-                max_model_len=SETTINGS["kv_tokens"],
-                enable_prefix_caching=False,
+    def execute(self) -> dict[str, Any]:
+        """The figures of the run."""
+        placement, own_rules = POLICIES[self.policy]
+        scenario = campaign.scenario(
+            SETTINGS,
+            self.instances,
+            DispatcherConfig(
+                placement=placement,
+                rebalance=RebalanceConfig(enabled=own_rules),
+                requests=RequestConfig() if own_rules else RequestConfig(run_ahead=None),
             ),
-            migration=MigrationConfig(max_bytes_per_second=share),
-        ),
-        dispatcher=DispatcherConfig(
-            placement=placement,
-            rebalance=RebalanceConfig(enabled=own_rules),
-            requests=RequestConfig() if own_rules else RequestConfig(run_ahead=None),
-        ),
-        max_tokens=SETTINGS["max_tokens"],
-        seed=run.seed,
-    )
-    text = f"{run.workload}?rate={run.rate}&requests={run.requests}"
-    began = time.process_time()
-    outcome = Simulation(scenario, load_workload(text, run.seed)).run()
-    seconds = time.process_time() - began
-    figures = summarize(outcome)
-    figures["refused_count"] = sum(figures["refused"].values())
-    return {
-        "run": dataclasses.asdict(run),
-        "settings": SETTINGS,
-        "figures": {name: found(figures, path) for name, path in FIGURES.items()},
-        "migrations": figures["migrations"]["by_reason"],
-        "complete": figures["complete"],
-        "lost_tokens": figures["lost_tokens"],
-        "simulated_seconds": outcome.seconds,
-        "times_real_time": outcome.seconds / max(seconds, 1e-9),
-    }
-
-
-def found(figures: Mapping[str, Any], path: tuple[str, ...]) -> float:
-    """The figure at a path of keys."""
-    value: Any = figures
-    for key in path:
-        value = value[key]
-    return float(value)
-
-
-def run_to_file(run: Run, folder: Path) -> None:
-    """Simulate, and leave the result as a whole file or none."""
-    path = folder / run.file_name
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(simulate(run)) + "\n")
-    part.replace(path)
-
-
-def run_all(runs: Iterable[Run], folder: Path, workers: int) -> list[dict[str, Any]]:
-    """The results of all runs; those whose file is there are read."""
-    wanted = list(runs)
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [run for run in wanted if not (folder / run.file_name).exists()]
-    began = time.monotonic()
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        jobs = {pool.submit(run_to_file, run, folder): run for run in missing}
-        try:
-            for number, job in enumerate(concurrent.futures.as_completed(jobs), 1):
-                job.result()
-                run = jobs[job]
-                print(
-                    f"{number}/{len(missing)} {time.monotonic() - began:.0f} s  {run.workload} "
-                    f"{run.rate:g}/s {run.policy}, seed {run.seed}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return [json.loads((folder / run.file_name).read_text()) for run in wanted]
+            self.seed,
+        )
+        text = f"{self.workload}?rate={self.rate}&requests={self.requests}"
+        began = time.process_time()
+        outcome = Simulation(scenario, load_workload(text, self.seed)).run()
+        seconds = time.process_time() - began
+        figures = summarize(outcome)
+        figures["refused_count"] = sum(figures["refused"].values())
+        return {
+            "run": dataclasses.asdict(self),
+            "settings": SETTINGS,
+            "figures": {name: campaign.found(figures, path) for name, path in FIGURES.items()},
+            "migrations": figures["migrations"]["by_reason"],
+            "complete": figures["complete"],
+            "lost_tokens": figures["lost_tokens"],
+            "simulated_seconds": outcome.seconds,
+            "times_real_time": outcome.seconds / max(seconds, 1e-9),
+        }
 
 
 Cells = dict[tuple[str, float], dict[str, dict[str, float]]]
@@ -205,22 +132,18 @@ def cells_of(results: Iterable[Mapping[str, Any]]) -> Cells:
         cell = grouped.setdefault((run["workload"], run["rate"]), {})
         cell.setdefault(run["policy"], []).append(result["figures"])
     return {
-        key: {
-            policy: {name: median(one[name] for one in seeds) for name in FIGURES}
-            for policy, seeds in cell.items()
-        }
+        key: {policy: campaign.medians(seeds) for policy, seeds in cell.items()}
         for key, cell in grouped.items()
     }
 
 
 def ratio(cells: Cells, figure: str, other: str) -> float:
     """Ours over another's, geometric mean over all cells in which both are above 0."""
-    logs = [
-        math.log(cell[OURS][figure] / cell[other][figure])
+    return campaign.geometric_mean(
+        cell[OURS][figure] / cell[other][figure]
         for cell in cells.values()
         if cell[OURS][figure] > 0 and cell[other][figure] > 0
-    ]
-    return math.exp(sum(logs) / len(logs)) if logs else float("nan")
+    )
 
 
 def share(cells: Cells, figure: str, other: str) -> float:
@@ -278,16 +201,13 @@ def runs_of(given: argparse.Namespace) -> list[Run]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    made = parser(__doc__ or "")
-    made.formatter_class = argparse.RawDescriptionHelpFormatter
-    made.add_argument("--runs", type=Path, default=Path("build/llumnix_policies"))
+    made = campaign.options(__doc__ or "", "llumnix_policies")
     made.add_argument("--requests", type=int, default=3000)
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--workloads", nargs="+", choices=list(RATES), default=list(RATES))
-    made.add_argument("--workers", type=int, choices=(1, 2), default=2)
     given = made.parse_args(arguments)
     runs = runs_of(given)
-    results = run_all(runs, given.runs, given.workers)
+    results = campaign.run_all(runs, given.runs, given.workers)
     cells = cells_of(results)
     show(cells)
     speed = median(one["times_real_time"] for one in results)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from bench import campaign
 from bench import llumnix_policies as bench
 
 
@@ -33,12 +34,12 @@ def test_a_run_that_is_there_is_read(tmp_path: Path) -> None:
     runs = [run(policy) for policy in bench.POLICIES]
     for number, one in enumerate(runs):
         (tmp_path / one.file_name).write_text(json.dumps({"number": number}))
-    assert bench.run_all(runs, tmp_path, 1) == [{"number": number} for number in range(4)]
+    assert campaign.run_all(runs, tmp_path, 1) == [{"number": number} for number in range(4)]
 
 
 def test_a_run_gives_every_figure(tmp_path: Path) -> None:
     for policy in bench.POLICIES:
-        bench.run_to_file(run(policy), tmp_path)
+        campaign.run_to_file(run(policy), tmp_path)
         found = json.loads((tmp_path / run(policy).file_name).read_text())
         assert set(found["figures"]) == set(bench.FIGURES)
         assert found["complete"]
