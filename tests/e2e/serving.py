@@ -66,7 +66,7 @@ class Cluster:
         """Process ids by instance id."""
         return {one["instance_id"]: one["pid"] for one in self.status()["instances"]}
 
-    def wait_until(self, what: str, test: Callable[[], bool], timeout: float = 60) -> None:
+    def wait_until(self, what: str, test: Callable[[], bool], timeout: float = 180) -> None:
         """Poll ``test``; fails with ``what`` and the log's end after ``timeout`` seconds."""
         deadline = time.monotonic() + timeout
         while not test():

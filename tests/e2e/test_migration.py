@@ -148,7 +148,7 @@ def test_killed_instance_loses_and_doubles_nothing(cluster: Cluster) -> None:
         instances = cluster.status()["instances"]
         return len(instances) == 2 and all(one["state"] == "ready" for one in instances)
 
-    cluster.wait_until("the killed instance is back", back, 60)
+    cluster.wait_until("the killed instance is back", back)
     assert killed[0] not in cluster.instance_pids().values()
     cluster.wait_idle()
 
@@ -176,7 +176,7 @@ def test_policy_moves_requests_under_skewed_load(tmp_path: Path) -> None:
         )
         with concurrent.futures.ThreadPoolExecutor(4) as threads:
             running = [threads.submit(stream_text, cluster.client(), **one) for one in requests]
-            cluster.wait_until("all run", lambda: len(cluster.requests()) == 4, 20)
+            cluster.wait_until("all run", lambda: len(cluster.requests()) == 4)
             assert {one["instance"] for one in cluster.requests()} == {first}
             cluster.admin.post("/admin/resume", json={"instance_id": second}).raise_for_status()
             texts = [one.result()[1] for one in running]
