@@ -268,13 +268,9 @@ class Dispatcher:
     # ---- operators and time
 
     def _set_draining(self, instance_id: str, on: bool) -> list[Action]:
-        load = self.members.loads.get(instance_id)
-        if load is None:
+        if instance_id not in self.members.loads:
             return []
         self.members.set_draining(instance_id, on)
-        if not on and load.report is not None:
-            # Its next report decides whether it still says that it drains.
-            load.report = dataclasses.replace(load.report, draining=False)
         return [SetDraining(instance_id, on)]
 
     def _set_role(self, instance_id: str, role: Role) -> list[Action]:

@@ -139,7 +139,8 @@ class InstanceLoad:
         heard: When it joined or reported last.
         report: Its last report; None before the first.
         charges: By request id, oldest first; change them by ``charge`` and ``release``.
-        draining: An operator asked that it be emptied.
+        draining: Whether this dispatcher ordered that it be emptied; None where it ordered
+            nothing, which leaves that to the reports. A report may be older than the order.
         leaving: It is emptied because the cluster scales in, and stopped afterwards.
         left: It said that it leaves.
         role: What an operator made it; None leaves that to its reports.
@@ -154,7 +155,7 @@ class InstanceLoad:
         self.heard = heard
         self.report: LoadReport | None = None
         self.charges: dict[str, Charge] = {}
-        self.draining = False
+        self.draining: bool | None = None
         self.leaving = False
         self.left = False
         self.role: Role | None = None
@@ -191,7 +192,9 @@ class InstanceLoad:
     @property
     def drains(self) -> bool:
         """It takes no requests, and those it has move away."""
-        return self.draining or self.leaving or (self.report is not None and self.report.draining)
+        if self.draining is None:
+            return self.leaving or (self.report is not None and self.report.draining)
+        return self.leaving or self.draining
 
     @property
     def sequences(self) -> tuple[SequenceLoad, ...]:

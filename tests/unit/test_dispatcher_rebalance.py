@@ -260,6 +260,31 @@ def test_drain_and_resume_tell_the_instance() -> None:
     assert core.handle(DrainRequested("nobody"), 1.3) == []
 
 
+@given(st.lists(st.booleans(), max_size=4), st.lists(st.integers(0, 4), min_size=1, max_size=12))
+def test_a_late_report_does_not_undo_an_order(orders: list[bool], delays: list[int]) -> None:
+    """Reports written before the instance heard of an order, and reordered, change nothing."""
+    core = ready({"i0": many("a", 4), "i1": ()})
+    now, written, numbers = 1.0, [True], iter(range(2, 100))
+    for drain in (True, False, *orders):
+        core.handle(DrainRequested("i0") if drain else ResumeRequested("i0"), now)
+        written.append(drain)
+        late = [(next(numbers), written[max(0, len(written) - 1 - delay)]) for delay in delays]
+        for number, says in sorted(late, key=lambda item: -item[0] % 3):
+            now += 0.01
+            core.handle(Reported(report("i0", number, many("a", 4), draining=says)), now)
+            wanted = InstanceState.DRAINING if drain else InstanceState.READY
+            assert core.members.state("i0", now) is wanted
+
+
+def test_resumed_requests_stay_though_a_late_report_says_draining() -> None:
+    core = ready({"i0": many("a", 4), "i1": many("b", 5)})
+    core.handle(DrainRequested("i0"), 1.0)
+    core.handle(ResumeRequested("i0"), 1.1)
+    core.handle(Reported(report("i0", 2, many("a", 4), draining=True)), 1.2)
+    assert moves(core.handle(Tick(), 1.3)) == []
+    assert placed(core.handle(PlaceRequested(ask("r")), 1.3)) == ["i0"]
+
+
 def test_draining_survives_restarts_of_dispatcher_and_instance() -> None:
     core = ready({"i0": ()})
     core.handle(Reported(report("i0", 2, draining=True)), 1.0)
