@@ -335,6 +335,34 @@ class ServeConfig:
         _CLUSTER,
         "replicas at most, started and stopped as the load asks for; 0: always --instances",
     )
+    scale_up_threshold: float = setting(
+        10.0,
+        number(-1e9, 1e9),
+        "BLOCKS",
+        _CLUSTER,
+        "free KV blocks per request of the whole cluster below which a replica is added",
+    )
+    scale_down_threshold: float = setting(
+        60.0,
+        number(-1e9, 1e9),
+        "BLOCKS",
+        _CLUSTER,
+        "free KV blocks per request above which one is emptied and stopped",
+    )
+    scaling_period: float = setting(
+        10.0, number(0.0), "SECONDS", _CLUSTER, "time for which that must last"
+    )
+    scaling_cooldown: float = setting(
+        30.0, number(0.0), "SECONDS", _CLUSTER, "time between two changes of the replicas"
+    )
+    scale_out_timeout: float = setting(
+        60.0,
+        number(1.0),
+        "SECONDS",
+        _CLUSTER,
+        "time that Ray gets to find a machine for an added replica; longer where machines are "
+        "added on demand",
+    )
     address: str = setting(
         "",
         string,
@@ -438,6 +466,11 @@ class ServeConfig:
                 f"instances ({self.instances}) is not between min-instances "
                 f"({self.min_instances}) and max-instances ({self.max_instances})"
             )
+        if not self.scale_up_threshold < self.scale_down_threshold:
+            raise ConfigError(
+                f"scale-up-threshold ({self.scale_up_threshold:g}) is not less than "
+                f"scale-down-threshold ({self.scale_down_threshold:g})"
+            )
         if self.kv_cache_memory_bytes < MIB and not self.num_gpu_blocks_override:
             raise ConfigError("kv-cache-memory-bytes is less than 1M")
 
@@ -519,6 +552,10 @@ class ServeConfig:
             scaling=ScalingConfig(
                 min_instances=self.min_instances,
                 max_instances=self.max_instances,
+                low=self.scale_up_threshold,
+                high=self.scale_down_threshold,
+                period=self.scaling_period,
+                cooldown=self.scaling_cooldown,
                 start_timeout=self.startup_timeout,
             ),
             roles=self.instance_roles,

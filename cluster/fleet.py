@@ -21,8 +21,6 @@ from instance.load import InstanceInfo, MigrationReport, Role
 
 ACTOR_CPUS = 0.01
 """Ray's CPU share of an actor: keeps actors off nodes that declare none, reserves little."""
-PLACEMENT_TIMEOUT = 60.0
-"""Seconds in which Ray must have found a machine for an instance that is added."""
 STOP_TIMEOUT = 5.0
 
 
@@ -245,9 +243,10 @@ class Fleet:
             return "started"
         one.runs = one.runs or _answered(one.placed)
         waited = self._clock() - one.since
-        if not one.runs and waited > PLACEMENT_TIMEOUT:
+        patience = self._config.scale_out_timeout
+        if not one.runs and waited > patience:
             del self._starting[name]
-            return self._give_up(name, f"no machine had room for {PLACEMENT_TIMEOUT:g} s")
+            return self._give_up(name, f"no machine had room for {patience:g} s")
         return ""
 
     def _give_up(self, name: str, why: str) -> str:

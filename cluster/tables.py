@@ -20,11 +20,33 @@ def notes(answer: Mapping[str, Any]) -> list[str]:
     found = []
     if answer.get("held"):
         found.append(f"{answer['held']} requests wait in the dispatcher for an instance")
+    found += _scaling(answer.get("scaling", {}))
     store = answer.get("store", {})
     if store.get("superseded"):
         found.append(f"another dispatcher writes to {store['address']}; this one does not")
     elif store.get("up") is False:
         found.append(f"the store {store['address']} is away: {store['error']}")
+    return found
+
+
+def _scaling(scaling: Mapping[str, Any]) -> list[str]:
+    """Instances that come and go, and the one that could not come."""
+    found = [
+        f"{name} is being started for {seconds:.0f} s"
+        for name, seconds in scaling.get("starting", {}).items()
+    ]
+    found += [
+        f"{name} is being emptied, then stopped"
+        for name in scaling.get("leaving", [])
+        if name not in scaling.get("stopping", {})
+    ]
+    failure = scaling.get("failure")
+    if failure:
+        again = failure["retry_in"]
+        found.append(
+            f"{failure['instance_id']} was not started {failure['age']:.0f} s ago: "
+            f"{failure['why']}" + (f"; not tried again for {again:.0f} s" if again else "")
+        )
     return found
 
 

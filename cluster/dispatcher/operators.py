@@ -236,6 +236,7 @@ class OperatorCalls:
             "migrations": [dataclasses.asdict(report) for report in reversed(self._migrations)],
             "counters": {kind: dict(counts) for kind, counts in self._core.counters.items()},
             "tenants": status.tenants(self._core, now)["tenants"],
+            "scaling": self._core.scaler.describe(now),
             "store": {"kind": "memory"} if self._keeper is None else self._keeper.status(),
         }
 

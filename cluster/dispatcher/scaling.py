@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cluster.dispatcher.views import InstanceState, LoadView
 from instance.load import Role
@@ -72,6 +73,15 @@ class _Order:
     since: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """A start that failed, and when."""
+
+    instance_id: str
+    why: str
+    at: float
+
+
 class Scaler:
     """Decides on the number of instances.
 
@@ -91,11 +101,39 @@ class Scaler:
         self._outside: tuple[int, float] | None = None
         self._changed = -math.inf
         self._failures = 0
+        self._failure: _Failure | None = None
         self._not_before = -math.inf
 
     def orders(self) -> dict[str, str]:
         """What is to be done: START or STOP by instance id. To do it twice does no harm."""
         return {name: order.what for name, order in self._orders.items()}
+
+    def describe(self, now: float) -> dict[str, Any]:
+        """What is wanted, under way and failing, ready for JSON.
+
+        "failure" is the last start that failed, until one succeeds: instance, why, seconds
+        since, and seconds until the next attempt at the earliest.
+        """
+        ages = {
+            what: {name: now - one.since for name, one in self._orders.items() if one.what == what}
+            for what in (START, STOP)
+        }
+        failure = self._failure
+        return {
+            "min_instances": self.config.min_instances,
+            "max_instances": self.config.max_instances,
+            "starting": ages[START],
+            "stopping": ages[STOP],
+            "leaving": sorted(self.leaving),
+            "failure": None
+            if failure is None
+            else {
+                "instance_id": failure.instance_id,
+                "why": failure.why,
+                "age": now - failure.at,
+                "retry_in": max(0.0, self._not_before - now),
+            },
+        }
 
     def ended(self, instance_id: str, outcome: str, now: float) -> None:
         """An order was carried out, or could not be.
@@ -114,11 +152,13 @@ class Scaler:
             self._count("scaling", "stopped", 1)
         elif outcome == "started":
             self._failures = 0
+            self._failure = None
             self._count("scaling", "started", 1)
         else:
-            self._failed(now)
+            self._failed(instance_id, outcome, now)
 
-    def _failed(self, now: float) -> None:
+    def _failed(self, instance_id: str, why: str, now: float) -> None:
+        self._failure = _Failure(instance_id, why, now)
         retry = min(self.config.first_retry * 2 ** min(self._failures, 16), self.config.last_retry)
         self._failures += 1
         self._not_before = now + retry
@@ -165,7 +205,7 @@ class Scaler:
             elif order.what == START and now - order.since > self.config.start_timeout:
                 # Whoever tries still shall give up.
                 self._orders[name] = _Order(STOP, now)
-                self._failed(now)
+                self._failed(name, f"not ready within {self.config.start_timeout:g} s", now)
         for name in sorted(self.leaving):
             if empty.get(name, False) and name not in self._orders:
                 self._orders[name] = _Order(STOP, now)

@@ -54,6 +54,7 @@ def test_every_flag_has_its_environment_twin() -> None:
             ((None, 0.0), (RequestClass.BATCH, 0.25)),
         ),
         "fairness_theta": ("2000", 2000.0),
+        "scale_down_threshold": ("70", 70.0),
     }
     for field in dataclasses.fields(ServeConfig):
         if field.name in samples:
@@ -118,6 +119,7 @@ def test_switches_and_lists(tmp_path) -> None:
         (["--fairness-theta", "-1"], r"--fairness-theta: -1.0 is less than 0"),
         (["--tpot-target-ms", "urgent=5"], r"'urgent' is not one of interactive, standard, batch"),
         (["--tpot-target-ms", "0"], r"--tpot-target-ms: 0.0 is less than 0.001"),
+        (["--scale-up-threshold", "60"], r"scale-up-threshold \(60\) is not less"),
         (["--priority-interval", "0"], r"--priority-interval: 0 is less than 1"),
         (["--cluster-name", "a/b"], r"--cluster-name: 'a/b' is not a name"),
         (["--config", "no-such-file.yaml"], r"no-such-file.yaml: No such file"),

@@ -10,8 +10,11 @@ import pytest
 
 from cluster.config import ServeConfig
 from cluster.dispatcher.scaling import START, STOP
-from cluster.fleet import PLACEMENT_TIMEOUT, STOP_TIMEOUT, Fleet
+from cluster.fleet import STOP_TIMEOUT, Fleet
 from tests.unit.dispatching import info
+
+
+CONFIG = ServeConfig()
 
 
 @dataclass(eq=False)
@@ -48,7 +51,7 @@ class World:
         self.now = 0.0
         self.said: list[str] = []
         self.made: list[Handle] = []
-        self.fleet = Fleet(ServeConfig(), self.said.append, lambda: self.now)
+        self.fleet = Fleet(CONFIG, self.said.append, lambda: self.now)
         monkeypatch.setattr(self.fleet, "_create", self.create)
         fake = SimpleNamespace(wait=self.wait, get=self.get, kill=self.kill)
         monkeypatch.setitem(sys.modules, "ray", fake)
@@ -91,7 +94,7 @@ def test_an_instance_starts_once_however_often_it_is_ordered(world) -> None:
 
 def test_one_that_no_machine_has_room_for_is_given_up_and_said(world) -> None:
     world.fleet.follow({"instance-2": START})
-    world.now = PLACEMENT_TIMEOUT + 1
+    world.now = CONFIG.scale_out_timeout + 1
     (outcome,) = world.fleet.follow({"instance-2": START}).values()
     assert "no machine had room" in outcome
     assert world.made[0].killed
@@ -102,7 +105,7 @@ def test_one_that_no_machine_has_room_for_is_given_up_and_said(world) -> None:
 def test_one_that_runs_may_take_its_time_to_load(world) -> None:
     world.fleet.follow({"instance-2": START})
     world.made[0].progress.reference.answer("loading weights")
-    world.now = 10 * PLACEMENT_TIMEOUT
+    world.now = 10 * CONFIG.scale_out_timeout
     assert world.fleet.follow({"instance-2": START}) == {}
 
 

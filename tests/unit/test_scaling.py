@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster import tables
 from cluster.config import ServeConfig, role_count
 from cluster.dispatcher.events import Joined, Reported, ScalingEnded, Tick
 from cluster.dispatcher.load import InstanceLoad, LoadConfig
@@ -93,6 +94,49 @@ def test_an_idle_instance_beside_full_ones_is_not_averaged_away() -> None:
     assert cluster_freeness([full, idle]) == (2 * BLOCKS - 200) / 20
     assert cluster_freeness([full, full]) == 0
     assert cluster_freeness([idle], demand=BLOCKS + 5) == -5
+
+
+# ---- what operators see
+
+
+def test_failures_are_described_until_a_start_succeeds() -> None:
+    world = fleet(1, load=30, works=False)
+    assert world.scaler.describe(0.0)["failure"] is None
+    while not (told := world.scaler.describe(world.now))["failure"]:
+        assert world.now < 60
+        world.step()
+    failure = told["failure"]
+    assert (failure["instance_id"], failure["why"]) == ("instance-1", "no machine has room")
+    assert (failure["age"], failure["retry_in"]) == (0.0, CONFIG.first_retry)
+    text = tables.status({"scaling": told})
+    assert "instance-1 was not started 0 s ago: no machine has room; not tried again for 10" in text
+    world.step(CONFIG.first_retry / 2)
+    assert world.scaler.describe(world.now)["failure"]["retry_in"] == CONFIG.first_retry / 2
+    world.works = True
+    while "instance-1" not in world.names:
+        assert world.now < 120
+        world.step()
+    told = world.scaler.describe(world.now)
+    assert told["failure"] is None or told["starting"]
+    world.step()
+    assert world.scaler.describe(world.now)["failure"] is None
+
+
+def test_what_is_under_way_is_described() -> None:
+    world = fleet(2, load=0)
+    while not world.scaler.leaving:
+        assert world.now < 60
+        world.step()
+    told = world.scaler.describe(world.now)
+    assert (told["leaving"], told["starting"]) == (["instance-1"], {})
+    assert "instance-1 is being emptied, then stopped" in tables.status({"scaling": told})
+    slow = fleet(1, load=30)
+    for _ in range(3):
+        slow.scaler.update(slow.views(), {}, 0, slow.names.__contains__, slow.now)
+        slow.now += 1.0
+    told = slow.scaler.describe(slow.now)
+    assert told["starting"] == {"instance-1": 1.0}
+    assert "instance-1 is being started for 1 s" in tables.status({"scaling": told})
 
 
 # ---- bounds
