@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
 
+from instance.budget import StepCosts
 from instance.executor import ModelDescription
 from instance.fairness import service
 from instance.kv.prefix_events import PrefixDelta, merge
@@ -24,7 +25,7 @@ class Role(StrEnum):
 
 
 _MEASURED_AFTER = 8
-"""Steps with prefill after which their cost is reported."""
+"""Steps with prefill after which their costs are reported."""
 
 
 class Figure(NamedTuple):
@@ -92,7 +93,7 @@ class LoadReport:
         sequences: Running first, then waiting in queue order.
         figures: For ``/metrics``.
         service: What was charged to tenants; None where no ledger is kept.
-        prefill_seconds: Measured seconds that a prompt token adds to a step; 0 if unknown.
+        costs: What its steps cost, as it learned; None before it has.
         preempted: Waiting sequences that were in the batch before.
         role: What the instance is for at present.
         prefix: What changed in its prefix cache since the report before.
@@ -110,7 +111,7 @@ class LoadReport:
     migrations_in: int = 0
     draining: bool = False
     figures: tuple[Figure, ...] = ()
-    prefill_seconds: float = 0.0
+    costs: StepCosts | None = None
     preempted: int = 0
     role: Role = Role.MIXED
     service: ServiceReport | None = None
@@ -247,7 +248,7 @@ def build_report(
         migrations_in=migrations.num_in,
         draining=draining,
         figures=figures,
-        prefill_seconds=_prefill_seconds(scheduler),
+        costs=_costs(scheduler),
         preempted=sum(1 for sequence in scheduler.waiting if sequence.num_preemptions),
         role=role,
         service=_service(scheduler),
@@ -255,9 +256,9 @@ def build_report(
     )
 
 
-def _prefill_seconds(scheduler: Scheduler) -> float:
+def _costs(scheduler: Scheduler) -> StepCosts | None:
     learner = scheduler.budget.learner
-    return learner.costs.prefill if learner.prefill_samples >= _MEASURED_AFTER else 0.0
+    return learner.costs if learner.prefill_samples >= _MEASURED_AFTER else None
 
 
 def _service(scheduler: Scheduler) -> ServiceReport | None:

@@ -9,6 +9,7 @@ list of freenesses.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Protocol
 
 from cluster.dispatcher.rebalance import (
@@ -20,10 +21,11 @@ from cluster.dispatcher.rebalance import (
     compatible,
     gain,
     has_room,
+    spare,
     suits,
     with_arrival,
 )
-from cluster.dispatcher.views import LoadView
+from cluster.dispatcher.views import InstanceState, LoadView
 from instance.load import InstanceInfo, Role, SequenceLoad
 from instance.request import Account, RequestClass
 
@@ -36,6 +38,9 @@ class Order(Protocol):
 
     def theta(self, info: InstanceInfo) -> float:
         """How far ahead a tenant must be to be preempted on an instance."""
+
+    def apart(self) -> bool:
+        """Whether tenants of a class that wait are far apart."""
 
 
 def plan_balance(plan: Round) -> None:
@@ -62,7 +67,7 @@ def _balance(plan: Round, source: LoadView, destination: LoadView) -> bool:
     for sequence, position in candidates(source, plan.sequences[source.instance_id]):
         if not plan.may_gain(sequence) or not suits(destination, sequence):
             continue
-        if not has_room(destination, sequence.blocks):
+        if not has_room(destination, sequence):
             continue
         rise = gain(source, destination, sequence, position, plan.links, plan.config)
         if rise > plan.config.min_gain:
@@ -80,7 +85,7 @@ def plan_defragment(plan: Round) -> None:
     for view in plan.sources():
         name = view.instance_id
         head = next((s for s in plan.sequences[name] if not s.running and not plan.moved(s)), None)
-        if head is None or not view.waiting or head.blocks <= view.free - view.headroom:
+        if head is None or not view.waiting or head.blocks <= spare(view, head):
             continue
         if not plan.may_move(head, 0.0):
             continue
@@ -97,7 +102,7 @@ def plan_defragment(plan: Round) -> None:
 def _make_room(plan: Round, view: LoadView, head: SequenceLoad, worth: float) -> None:
     """Move some of an instance's requests to where room is, if that suffices for ``head``."""
     name = view.instance_id
-    need = head.blocks - (view.free - view.headroom) + 1
+    need = head.blocks - spare(view, head) + 1
     movable = [s for s in plan.sequences[name] if s.running and plan.may_gain(s)]
     movable = [s for s in movable if s.request_class >= head.request_class]
     enough = [s for s in movable if s.blocks >= need]
@@ -149,48 +154,86 @@ def plan_isolate(plan: Round) -> None:
 
 
 def plan_fairness(plan: Round, order: Order) -> None:
-    """An instance that has nothing of the tenant furthest behind takes a waiting one of it.
+    """Bring waiting requests of tenants that are behind to instances that serve others first.
 
-    Tenants are compared within a class. The instance has room, or runs requests of others
-    that are so far ahead of the tenant that it may preempt them.
+    An instance takes one of a tenant that has nothing waiting there if it has room, or runs
+    requests of others that are so far ahead that the tenant may preempt them, or if whoever
+    waits there is ahead of the tenant by half of that. Tenants are compared within a class,
+    those furthest behind first. Such a request has no KV to move, so this needs no loads that
+    stand still.
     """
-    waiting: dict[Account, list[tuple[str, int, SequenceLoad]]] = {}
-    for view in plan.sources():
-        found = [s for s in plan.sequences[view.instance_id] if not s.running]
-        if len(found) == len(view.waiting):
-            for position, sequence in enumerate(found):
-                entry = view.instance_id, position, sequence
-                waiting.setdefault(sequence.account, []).append(entry)
-    behind: dict[RequestClass, Account] = {}
-    for account in waiting:
-        other = behind.get(account[1])
-        if other is None or (order.counter(account), account) < (order.counter(other), other):
-            behind[account[1]] = account
-    for account in behind.values():
-        held = {
-            name
-            for name, sequences in plan.sequences.items()
-            if any(s.account == account for s in sequences)
-        }
-        name, position, sequence = max(
-            waiting[account], key=lambda item: (plan.patience(item[2]), item[2].request_id)
-        )
+    waiting: dict[Account, list[_Waiting]] = {}
+    queued: dict[str, set[Account]] = {}
+    for view in plan.views.values():
+        name = view.instance_id
+        queued[name] = set(plan.expected.get(name, ()))
+        found = [s for s in plan.sequences.get(name, ()) if not s.running]
+        queued[name].update(s.account for s in found)
+        if view.state is not InstanceState.READY or len(found) != len(view.waiting):
+            continue
+        for sequence in found:
+            if not plan.moved(sequence):
+                waiting.setdefault(sequence.account, []).append((name, sequence))
+    for account in sorted(waiting, key=lambda one: (one[1], order.counter(one), one[0])):
+        left = sorted(waiting[account], key=lambda item: _preference(plan, item[1]))
+        for view in sorted(
+            plan.views.values(), key=lambda v: (-v.rebalancing_freeness(), v.instance_id)
+        ):
+            taker = plan.views[view.instance_id]
+            if account in queued[taker.instance_id] or not plan.light_slot(taker.instance_id):
+                continue
+            found = _to_take(plan, taker, left, order)
+            if found is not None:
+                left.remove(found)
+                queued[taker.instance_id].add(account)
+
+
+_Waiting = tuple[str, SequenceLoad]
+
+
+def _preference(plan: Round, sequence: SequenceLoad) -> tuple[bool, float, str]:
+    """Those that have no KV anywhere first, then those that have waited longest."""
+    started = sequence.uncomputed < sequence.num_tokens
+    return started, -plan.patience(sequence), sequence.request_id
+
+
+def _to_take(
+    plan: Round, taker: LoadView, waiting: list[_Waiting], order: Order
+) -> _Waiting | None:
+    """The first of a tenant's waiting requests that an instance should take; it is planned."""
+    left_at = Counter(name for name, _ in waiting)
+    for name, sequence in waiting:
         source = plan.views[name]
-        if not plan.takes_part(source) or not plan.may_gain(sequence):
+        if (
+            not plan.light_slot(name)
+            or not plan.may_gain(sequence)
+            or not compatible(source, taker)
+            or not suits(taker, sequence)
+            or taker.state is not InstanceState.READY
+        ):
             continue
-        takers = [
-            view
-            for view in plan.sources()
-            if view.instance_id not in held
-            and compatible(source, view)
-            and suits(view, sequence)
-            and (has_room(view, sequence.blocks) or _may_preempt(plan, view, sequence, order))
-        ]
-        if not takers:
+        at_once = has_room(taker, sequence.blocks) or _may_preempt(plan, taker, sequence, order)
+        # The last one there stays, unless it runs at once elsewhere.
+        if not at_once and (left_at[name] < 2 or not _would_pass(plan, taker, sequence, order)):
             continue
-        best = max(takers, key=lambda v: (v.rebalancing_freeness(), v.instance_id))
-        if plan.patience(sequence) - plan.cost(source, best, sequence) > plan.config.min_gain:
-            plan.add(Move(sequence, name, best.instance_id, "fairness"), position)
+        if plan.patience(sequence) - plan.cost(source, taker, sequence) <= plan.config.min_gain:
+            continue
+        there = [s for s in plan.sequences[name] if not s.running and not plan.moved(s)]
+        move = Move(sequence, name, taker.instance_id, "fairness")
+        plan.add(move, there.index(sequence))
+        return name, sequence
+    return None
+
+
+def _would_pass(plan: Round, view: LoadView, sequence: SequenceLoad, order: Order) -> bool:
+    """Whether all that waits on an instance is of tenants well ahead of the sequence's."""
+    reach = order.counter(sequence.account) + order.theta(view.info) / 2
+    there = [
+        other
+        for other in plan.sequences.get(view.instance_id, ())
+        if not other.running and other.request_class == sequence.request_class
+    ]
+    return bool(there) and all(order.counter(other.account) > reach for other in there)
 
 
 def _may_preempt(plan: Round, view: LoadView, sequence: SequenceLoad, order: Order) -> bool:

@@ -316,6 +316,12 @@ class InstanceLoad:
         self._staying = self._accounts = None
         self.touch()
 
+    @property
+    def expected(self) -> frozenset[Account]:
+        """Whose requests were sent or move here and are not reported yet."""
+        sent = [charge.sequence.account for charge in self.charges.values()]
+        return frozenset(sent).union(one.account for one in self._arriving.values())
+
     # ---- room
 
     @property
@@ -381,21 +387,23 @@ class InstanceLoad:
         arriving = [s for s in self._arriving.values() if s.request_id not in self._by_id]
         free += staying.freed - max(0, sum(s.blocks for s in arriving) - reserved)
         interactive = charged.interactive + staying.interactive
+        interactive += sum(s.request_class == RequestClass.INTERACTIVE for s in arriving)
         reported_role = Role.MIXED if report is None else report.role
         return LoadView(
             info=self.info,
             state=state,
             total=total,
             free=free,
-            headroom=config.headroom_blocks if interactive else 0,
+            reserve=config.headroom_blocks,
             running=staying.running + len(self.charges) + len(arriving),
             waiting=staying.waiting,
             step_seconds=0.0 if report is None else report.step_seconds,
+            interactive=interactive,
             last_placed=self.last_placed,
             role=self.role or reported_role,
             charged=len(self.charges),
             backlog=charged.tokens + staying.backlog,
-            prefill_seconds=0.0 if report is None else report.prefill_seconds,
+            costs=None if report is None else report.costs,
             reported=self._reported,
         )
 

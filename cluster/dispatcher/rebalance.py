@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from cluster.dispatcher.links import LinkRates
 from cluster.dispatcher.views import InstanceState, LoadView
 from instance.load import Role, SequenceLoad
+from instance.request import Account
+from instance.request import RequestClass
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,8 @@ class RebalanceConfig:
         max_moves: Moves for gain that one request makes at most.
         max_in_flight: Migrations under way at a time, over the cluster.
         max_per_instance: The same, from and to one instance together.
+        max_light_per_instance: The same for requests that wait and move for fairness.
+        even_interval: Seconds between rounds for fairness while waiting tenants are apart.
         defragment_moves: Requests that move away at most to make room for a waiting one.
     """
 
@@ -45,6 +49,8 @@ class RebalanceConfig:
     max_moves: int = 8
     max_in_flight: int = 16
     max_per_instance: int = 2
+    max_light_per_instance: int = 4
+    even_interval: float = 0.1
     defragment_moves: int = 3
 
 
@@ -69,8 +75,9 @@ class Cooldowns:
     def note(self, move: Move, now: float, for_gain: bool) -> None:
         """A move was started."""
         self.requests[move.sequence.request_id] = now
-        if for_gain:
+        if for_gain and move.sequence.running:
             self.pairs[frozenset((move.source, move.destination))] = now
+        if for_gain:
             self.moves[move.sequence.request_id] += 1
 
     def prune(self, now: float, config: RebalanceConfig, present: Callable[[str], bool]) -> None:
@@ -110,23 +117,42 @@ def suits(view: LoadView, sequence: SequenceLoad) -> bool:
 def without(view: LoadView, sequence: SequenceLoad, position: int | None) -> LoadView:
     """The load once ``sequence`` has gone; ``position`` is its place among the waiting."""
     if position is None:
-        return replace(view, free=view.free + sequence.blocks, running=view.running - 1)
+        return replace(
+            view,
+            free=view.free + sequence.blocks,
+            running=view.running - 1,
+            interactive=view.interactive - _is_interactive(sequence),
+        )
     waiting = view.waiting[:position] + view.waiting[position + 1 :]
     return replace(view, waiting=waiting)
 
 
 def with_arrival(view: LoadView, sequence: SequenceLoad) -> LoadView:
     """The load once ``sequence`` has arrived; a waiting one would start to run."""
-    return replace(view, free=view.free - sequence.blocks, running=view.running + 1)
+    return replace(
+        view,
+        free=view.free - sequence.blocks,
+        running=view.running + 1,
+        interactive=view.interactive + _is_interactive(sequence),
+    )
 
 
-def has_room(view: LoadView, blocks: int) -> bool:
-    """Whether ``blocks`` and a batch slot are free, and nobody waits for them."""
+def _is_interactive(sequence: SequenceLoad) -> bool:
+    return sequence.request_class == RequestClass.INTERACTIVE
+
+
+def spare(view: LoadView, sequence: SequenceLoad) -> int:
+    """Free blocks that a sequence may take: headroom is there for interactive ones alone."""
+    return view.free if _is_interactive(sequence) else view.free - view.headroom
+
+
+def has_room(view: LoadView, sequence: SequenceLoad) -> bool:
+    """Whether blocks and a batch slot are free for a sequence, and nobody waits for them."""
     return (
         view.state is InstanceState.READY
         and not view.waiting
         and view.running < view.info.max_num_seqs
-        and view.free - view.headroom > blocks
+        and spare(view, sequence) > sequence.blocks
     )
 
 
@@ -202,9 +228,7 @@ def best_destination(
     source: LoadView, views: Iterable[LoadView], sequence: SequenceLoad
 ) -> LoadView | None:
     """The freest other instance that is ready and has room, if any; one that suits first."""
-    fitting = [
-        view for view in views if compatible(source, view) and has_room(view, sequence.blocks)
-    ]
+    fitting = [view for view in views if compatible(source, view) and has_room(view, sequence)]
     return max(
         fitting,
         key=lambda view: (
@@ -231,6 +255,7 @@ class Round:
         waited: Since when each waiting request has been seen waiting.
         slots: Migrations that may still be started from or to each instance.
         budget: Moves that may still be added.
+        expected: By instance id, whose requests are on their way there.
         moves: Those added.
     """
 
@@ -245,6 +270,7 @@ class Round:
     now: float
     slots: Counter[str]
     budget: int
+    expected: Mapping[str, Set[Account]] = field(default_factory=dict)
     moves: list[Move] = field(default_factory=list)
     _moved: set[str] = field(default_factory=set)
 
@@ -266,6 +292,11 @@ class Round:
     def free_slot(self, name: str) -> bool:
         """Whether one more migration from or to an instance may start."""
         return self.budget > 0 and self.slots[name] > 0
+
+    def light_slot(self, name: str) -> bool:
+        """The same for the move of a request that waits."""
+        more = self.config.max_light_per_instance - self.config.max_per_instance
+        return self.budget > 0 and self.slots[name] + more > 0
 
     def may_move(self, sequence: SequenceLoad, rest: float) -> bool:
         """Whether a request is free to go, its last move being ``rest`` seconds ago."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cluster.dispatcher.load import Book, InstanceLoad, LoadConfig
 from cluster.dispatcher.messages import PlaceRequest
+from cluster.dispatcher.speeds import Speeds
 from cluster.dispatcher.views import InstanceState, LoadView
 from instance.load import Role
 
@@ -29,9 +30,6 @@ STATES = (
     InstanceState.DRAINING,
 )
 _GONE, _READY, _SUSPECT, _DRAINING = range(4)
-_ALIKE, _MOST = 1.5, 8.0
-"""Factors of measured speed: those within the first count as equally fast, and none counts
-for more than the second, since measurements are noisy."""
 _STALE_WEIGHT = 0.5
 """What is left of a freeness whose report is about to make its instance suspect."""
 
@@ -81,10 +79,10 @@ class LoadTable:
         self.occupancy = np.zeros(size)
         self.requests = np.zeros(size, np.int64)
         self.turn = np.zeros(size, np.int64)
-        self.pace = np.zeros(size)
         self.slack = np.zeros(size, np.int64)
         self.headroom = np.zeros(size, np.int64)
         self.backlog = np.zeros(size, np.int64)
+        self._speeds = Speeds()
         self._speed: Floats | None = None
         self._uniform = True
         self._open: _Open | None = None
@@ -105,6 +103,7 @@ class LoadTable:
                 self._grow()
             self.rows[name] = row
         self._loads[row] = load
+        self._forget_speed(row)
         load.touch()
         return row
 
@@ -117,6 +116,7 @@ class LoadTable:
         self.heard[row] = -math.inf
         self._vacant.append(row)
         self._open = None
+        self._forget_speed(row)
         return row
 
     def load(self, row: int) -> InstanceLoad:
@@ -159,9 +159,12 @@ class LoadTable:
         self.turn[row] = view.last_placed
         self.slack[row], self.backlog[row] = load.room(view)
         self.headroom[row] = view.headroom * model.block_size
-        if self.pace[row] != view.prefill_seconds:
-            self.pace[row] = view.prefill_seconds
+        if self._speeds.observe(row, view.costs):
             self._speed = None
+
+    def _forget_speed(self, row: int) -> None:
+        self._speeds.forget(row)
+        self._speed = None
 
     def states(self, now: float) -> NDArray[np.int8]:
         """Per row the index in ``STATES``; of a vacant row GONE."""
@@ -198,16 +201,12 @@ class LoadTable:
         return self.alive & ~self.draining & (silent <= self._config.gone_after)
 
     def speed(self) -> Floats:
-        """Per row the speed of prefill relative to the median instance; 1 where unknown."""
+        """Per row the speed relative to the median instance; 1 where they do not differ."""
         if self._speed is None:
-            known = self.alive & (self.pace > 0)
-            speed = np.ones(len(self.pace))
-            if known.any():
-                speed[known] = np.median(self.pace[known]) / self.pace[known]
-                speed[(speed < _ALIKE) & (speed > 1 / _ALIKE)] = 1.0
-                speed = speed.clip(1 / _MOST, _MOST)
-            self._speed = speed
-            self._uniform = bool((speed == 1.0).all())
+            found = self._speeds.relative()
+            self._speed = np.ones(self.size)
+            self._speed[list(found)] = list(found.values())
+            self._uniform = not found
         return self._speed
 
     @property
@@ -348,7 +347,7 @@ class Candidates(Sequence[LoadView]):
 
     @property
     def speed(self) -> Floats:
-        """[n] speed of prefill relative to the median instance; 1 where unknown."""
+        """[n] speed relative to the median instance; 1 where they do not differ."""
         return self._table.speed()[self.rows]
 
     @property

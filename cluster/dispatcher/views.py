@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from instance.budget import StepCosts
 from instance.load import InstanceInfo, Role
 
 
@@ -50,13 +51,14 @@ class LoadView:
 
     Attributes:
         free: KV blocks free or cached, less those promised to charges and transfers.
-        headroom: KV blocks kept free for the interactive class.
+        reserve: KV blocks kept free for the interactive class where a request of it runs.
         running: Sequences in the batch, and those charged or on their way, which will be.
+        interactive: Of these, those of the interactive class.
         waiting: KV blocks wanted by each waiting sequence, in queue order.
         charged: Of ``running``, those sent here that no report holds yet.
         backlog: Prompt tokens that are here, or on their way, and not computed yet.
         step_seconds: Measured median step; 0 before the first.
-        prefill_seconds: Measured seconds that a prompt token adds to a step; 0 if unknown.
+        costs: What its steps cost, as it learned; None if unknown.
         last_placed: Number of the last placement made here; 0 before the first.
         reported: The last report by itself.
     """
@@ -65,20 +67,27 @@ class LoadView:
     state: InstanceState
     total: int
     free: int
-    headroom: int
+    reserve: int
     running: int
     waiting: tuple[int, ...]
     step_seconds: float
+    interactive: int = 0
     last_placed: int = 0
     role: Role = Role.MIXED
     charged: int = 0
     backlog: int = 0
-    prefill_seconds: float = 0.0
+    costs: StepCosts | None = None
     reported: Reported = _NO_REPORT
 
     @property
     def instance_id(self) -> str:
         return self.info.instance_id
+
+    @property
+    def headroom(self) -> int:
+        """KV blocks that interactive requests use beside their own: so many in all, divided
+        among those that are here (Llumnix, algorithm 1), and none where there are none."""
+        return self.reserve if self.interactive else 0
 
     @property
     def num_requests(self) -> int:

@@ -19,6 +19,7 @@ from cluster.dispatcher.events import (
 )
 from cluster.dispatcher.messages import PlaceRequest
 from cluster.dispatcher.requests import RequestConfig
+from instance.budget import StepCosts
 from instance.executor import ModelDescription
 from instance.load import InstanceInfo, LoadReport, MigrationReport, SequenceLoad
 from instance.request import RequestClass
@@ -82,6 +83,7 @@ def report(
     incarnation: str = "a",
     blocks: int = 1000,
     draining: bool = False,
+    costs: StepCosts | None = None,
 ) -> LoadReport:
     used = sum(s.blocks for s in sequences if s.running)
     return LoadReport(
@@ -94,6 +96,7 @@ def report(
         step_seconds=0.01,
         sequences=sequences,
         draining=draining,
+        costs=costs,
     )
 
 

@@ -21,6 +21,7 @@ from cluster.dispatcher.events import (
 )
 from cluster.dispatcher.load import InstanceLoad, LoadConfig, blocks_for
 from cluster.dispatcher.placement import POLICIES
+from cluster.dispatcher.rebalance import spare, with_arrival, without
 from cluster.dispatcher.requests import RequestConfig
 from cluster.dispatcher.views import InstanceState
 from instance.request import RequestClass
@@ -82,6 +83,26 @@ def test_headroom_is_kept_for_interactive_requests() -> None:
     assert calm.placement_freeness() == 90
     urgent = view_of(sequence("a", 10, request_class=RequestClass.INTERACTIVE), headroom=30)
     assert urgent.placement_freeness() == 60
+
+
+@given(st.integers(1, 5), st.integers(0, 40), st.integers(1, 20))
+def test_headroom_is_shared_by_the_interactive_requests_and_goes_with_the_last(
+    count: int, reserve: int, blocks: int
+) -> None:
+    urgent = [
+        sequence(f"u{n}", blocks, request_class=RequestClass.INTERACTIVE) for n in range(count)
+    ]
+    view = view_of(sequence("a", 10), *urgent, blocks=200, headroom=reserve)
+    assert view.headroom == reserve
+    for left in reversed(range(count)):
+        before, view = view, without(view, urgent[left], None)
+        assert view.headroom == (reserve if left else 0)
+        back = with_arrival(view, urgent[left])
+        assert (back.headroom, back.free, back.running) == (reserve, before.free, before.running)
+    # What is kept free for them, others may not take and they may.
+    last = view_of(urgent[0], blocks=blocks + 20, headroom=15)
+    assert spare(last, urgent[0]) == 20
+    assert spare(last, sequence("b", 1)) == 5
 
 
 # ---- states
