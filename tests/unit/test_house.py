@@ -29,6 +29,7 @@ INSTANCE_CORES = (
     "instance/leases.py",
     "instance/draft.py",
     "instance/limits.py",
+    "instance/model/cuda/sizing.py",
     "instance/budget.py",
     "instance/priority.py",
     "instance/queues.py",
