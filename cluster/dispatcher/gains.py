@@ -1,4 +1,4 @@
-"""Moves that are made for what they bring: balance, defragment, isolate, fairness.
+"""Moves that are made for the room they bring: balance, defragment, isolate.
 
 Llumnix (section 4.4.3) pairs instances below a low threshold of freeness with those above
 a high one, whatever the move brings. Here a move is made only if its benefit exceeds its
@@ -8,9 +8,6 @@ list of freenesses.
 """
 
 from __future__ import annotations
-
-from collections import Counter
-from typing import Protocol
 
 from cluster.dispatcher.rebalance import (
     Move,
@@ -28,19 +25,6 @@ from cluster.dispatcher.rebalance import (
 from cluster.dispatcher.views import InstanceState, LoadView
 from instance.load import InstanceInfo, Role, SequenceLoad
 from instance.request import Account, RequestClass
-
-
-class Order(Protocol):
-    """How far tenants are behind each other; what a fairness ledger knows."""
-
-    def counter(self, account: Account) -> float:
-        """Weighted service received."""
-
-    def theta(self, info: InstanceInfo) -> float:
-        """How far ahead a tenant must be to be preempted on an instance."""
-
-    def apart(self) -> bool:
-        """Whether tenants of a class that wait are far apart."""
 
 
 def plan_balance(plan: Round) -> None:
@@ -151,98 +135,3 @@ def plan_isolate(plan: Round) -> None:
             if relief - plan.cost(view, target, sequence) > plan.config.min_gain:
                 plan.add(Move(sequence, view.instance_id, target.instance_id, "isolate"))
                 break
-
-
-def plan_fairness(plan: Round, order: Order) -> None:
-    """Bring waiting requests of tenants that are behind to instances that serve others first.
-
-    An instance takes one of a tenant that has nothing waiting there if it has room, or runs
-    requests of others that are so far ahead that the tenant may preempt them, or if whoever
-    waits there is ahead of the tenant by half of that. Tenants are compared within a class,
-    those furthest behind first. Such a request has no KV to move, so this needs no loads that
-    stand still.
-    """
-    waiting: dict[Account, list[_Waiting]] = {}
-    queued: dict[str, set[Account]] = {}
-    for view in plan.views.values():
-        name = view.instance_id
-        queued[name] = set(plan.expected.get(name, ()))
-        found = [s for s in plan.sequences.get(name, ()) if not s.running]
-        queued[name].update(s.account for s in found)
-        if view.state is not InstanceState.READY or len(found) != len(view.waiting):
-            continue
-        for sequence in found:
-            if not plan.moved(sequence):
-                waiting.setdefault(sequence.account, []).append((name, sequence))
-    for account in sorted(waiting, key=lambda one: (one[1], order.counter(one), one[0])):
-        left = sorted(waiting[account], key=lambda item: _preference(plan, item[1]))
-        for view in sorted(
-            plan.views.values(), key=lambda v: (-v.rebalancing_freeness(), v.instance_id)
-        ):
-            taker = plan.views[view.instance_id]
-            if account in queued[taker.instance_id] or not plan.light_slot(taker.instance_id):
-                continue
-            found = _to_take(plan, taker, left, order)
-            if found is not None:
-                left.remove(found)
-                queued[taker.instance_id].add(account)
-
-
-_Waiting = tuple[str, SequenceLoad]
-
-
-def _preference(plan: Round, sequence: SequenceLoad) -> tuple[bool, float, str]:
-    """Those that have no KV anywhere first, then those that have waited longest."""
-    started = sequence.uncomputed < sequence.num_tokens
-    return started, -plan.patience(sequence), sequence.request_id
-
-
-def _to_take(
-    plan: Round, taker: LoadView, waiting: list[_Waiting], order: Order
-) -> _Waiting | None:
-    """The first of a tenant's waiting requests that an instance should take; it is planned."""
-    left_at = Counter(name for name, _ in waiting)
-    for name, sequence in waiting:
-        source = plan.views[name]
-        if (
-            not plan.light_slot(name)
-            or not plan.may_gain(sequence)
-            or not compatible(source, taker)
-            or not suits(taker, sequence)
-            or taker.state is not InstanceState.READY
-        ):
-            continue
-        at_once = has_room(taker, sequence.blocks) or _may_preempt(plan, taker, sequence, order)
-        # The last one there stays, unless it runs at once elsewhere.
-        if not at_once and (left_at[name] < 2 or not _would_pass(plan, taker, sequence, order)):
-            continue
-        if plan.patience(sequence) - plan.cost(source, taker, sequence) <= plan.config.min_gain:
-            continue
-        there = [s for s in plan.sequences[name] if not s.running and not plan.moved(s)]
-        move = Move(sequence, name, taker.instance_id, "fairness")
-        plan.add(move, there.index(sequence))
-        return name, sequence
-    return None
-
-
-def _would_pass(plan: Round, view: LoadView, sequence: SequenceLoad, order: Order) -> bool:
-    """Whether all that waits on an instance is of tenants well ahead of the sequence's."""
-    reach = order.counter(sequence.account) + order.theta(view.info) / 2
-    there = [
-        other
-        for other in plan.sequences.get(view.instance_id, ())
-        if not other.running and other.request_class == sequence.request_class
-    ]
-    return bool(there) and all(order.counter(other.account) > reach for other in there)
-
-
-def _may_preempt(plan: Round, view: LoadView, sequence: SequenceLoad, order: Order) -> bool:
-    if view.waiting:
-        return False
-    reach = order.counter(sequence.account) + order.theta(view.info)
-    return any(
-        other.running
-        and other.request_class == sequence.request_class
-        and order.counter(other.account) > reach
-        for other in plan.sequences[view.instance_id]
-    )

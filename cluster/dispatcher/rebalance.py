@@ -10,8 +10,7 @@ from dataclasses import dataclass, field, replace
 from cluster.dispatcher.links import LinkRates
 from cluster.dispatcher.views import InstanceState, LoadView
 from instance.load import Role, SequenceLoad
-from instance.request import Account
-from instance.request import RequestClass
+from instance.request import Account, RequestClass
 
 
 @dataclass(frozen=True, slots=True)
