@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from instance.kv.cost import Fit
+from instance.fit import Fit
 from instance.request import RequestClass, StepPlan
 
 STRETCH = 3.5
@@ -77,6 +77,10 @@ class StepCosts:
             + self.decode_context * shape.decode_context
         )
 
+    def prefill_seconds(self, start: int, length: int) -> float:
+        """What so many positions from ``start`` on add to the steps that compute them."""
+        return self.prefill * length + self.prefill_context * attended(start, length)
+
     def prefill_within(self, seconds: float, start: int) -> float:
         """Most positions from ``start`` on that prefill computes in a time; may be infinite."""
         if seconds <= 0.0 or seconds == math.inf:
@@ -90,7 +94,8 @@ class StepCosts:
 
 
 # Seconds before anything is measured: a step, a prefill position, a query-key pair of
-# prefill, a decode row, a position that it reads.
+# prefill, a decode row, a position that it reads. A guess for prefill that is too low would
+# never be mended by trying: KV would be computed anew rather than copied.
 _PRIOR = (1e-3, 2e-4, 1e-9, 1e-4, 1e-9)
 # Weight that older steps keep at each new one.
 _MEMORY = 0.99

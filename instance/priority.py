@@ -55,7 +55,7 @@ class Priorities:
         swap_cost: Asked again at every reading.
         interval: Steps between two readings. A derived theta is at least what the batch is
             served in that time: no smaller difference is known for certain.
-        max_rows: Of the batch; a derived theta is that of a full one before the first reading.
+        max_rows: Of the batch; a derived theta is that of a full one until something runs.
 
     Attributes:
         theta: In units of the counters: service by weight.
@@ -96,7 +96,7 @@ class Priorities:
 
     def read(self, sequences: Iterable[Sequence]) -> None:
         """Read the counters anew, as if all that is planned were done; the caller sorts its
-        queues afterwards.
+        queues afterwards. A derived theta stays as it is while nothing runs.
         """
         live = list(sequences)
         counters = self.counters
@@ -116,7 +116,7 @@ class Priorities:
             rank = sequence.rank
             counter = known[sequence.account]
             sequence.rank = rank[0], counter, rank[2], not sequence.num_preemptions, rank[4]
-        if self._fixed is None and known:
+        if self._fixed is None and rows:
             cost = max(least_gap(rows, self._interval), 2 * self.swap_cost(longest))
             self.theta = cost / min(counters.weight(tenant) for tenant, _ in known)
 

@@ -111,7 +111,9 @@ class Scheduler:
         self.sequences: dict[str, Sequence] = {}
         host_pool = None if host is None else BlockPool(host.num_blocks, pool.block_size)
         self._tables = BlockTables(pool, salt, config.enable_prefix_caching, host_pool)
-        self.swap = None if host is None else Swap(self._tables, host)
+        self.budget = TokenBudget(config.max_num_batched_tokens, config.tpot_targets)
+        steps = self.budget.learner
+        self.swap = None if host is None else Swap(self._tables, host, steps)
         self.counters: ServiceCounters = TenantCounters() if counters is None else counters
         self.priorities = Priorities(
             self.counters,
@@ -120,7 +122,6 @@ class Scheduler:
             config.priority_interval,
             self.max_num_seqs,
         )
-        self.budget = TokenBudget(config.max_num_batched_tokens, config.tpot_targets)
         self._queues = Queues(self.priorities)
         self.running, self.waiting = self._queues.running, self._queues.waiting
         self._limits = Limits(config, pool)

@@ -61,6 +61,9 @@ class AccountBook:
     idle_since: float = 0.0
 
 
+LEAST_LEASE = 32.0
+"""Service by weight that an instance may always charge unreported: a small theta, or many
+instances, must not have every step reported."""
 _PEAK_MEMORY = 30.0
 """Seconds over which a larger theta of the past is forgotten."""
 
@@ -318,11 +321,12 @@ class FairnessLedger:
     def lease(self) -> float:
         """Service by weight that an instance may charge per account unreported (L).
 
-        Chosen so that what all others hide from one instance is at most its theta.
+        Chosen so that what all others hide from one instance is at most its theta, where
+        that leaves a lease worth the name.
         """
         live = self._live()
         theta = max((given.theta for given in live), default=0.0)
-        return theta / max(1, len(live) - 1) if live else math.inf
+        return max(LEAST_LEASE, theta / max(1, len(live) - 1)) if live else math.inf
 
     def bound(self, request_class: RequestClass) -> float:
         """How far apart the counters of waiting accounts may be (G).

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from instance.budget import StepCostLearner
 from instance.config import SwapConfig
 from instance.executor import CopyRun
 from instance.kv.blocks import BlockPool, BlockState, IntegrityError
@@ -77,6 +78,7 @@ class Copies:
     Args:
         tables: Block tables, with a host pool.
         space: Size and use of that pool.
+        steps: What steps cost here.
 
     Attributes:
         cost: What copies and prefills take; fed by whoever runs them.
@@ -84,13 +86,13 @@ class Copies:
         listed: Copies can be found by their content.
     """
 
-    def __init__(self, tables: BlockTables, space: HostSpace) -> None:
+    def __init__(self, tables: BlockTables, space: HostSpace, steps: StepCostLearner) -> None:
         if tables.host is None:
             raise ValueError("the block tables have no host pool")
         self.tables = tables
         self.pool: BlockPool = tables.pool
         self.host: BlockPool = tables.host
-        self.cost = SwapCost(space.block_bytes, self.pool.block_size)
+        self.cost = SwapCost(space.block_bytes, self.pool.block_size, steps)
         self.figures = SwapFigures(host_blocks=self.host.num_usable)
         self.listed = space.config.reuse and tables.prefix_caching
         self._under_way: set[CopyJob] = set()

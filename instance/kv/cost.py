@@ -2,84 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
+from instance.budget import StepCostLearner
+from instance.fairness import service
+from instance.fit import Fit
 from instance.request import Row
 
 MIB = 1 << 20
 
 # Before anything is measured: a launch, and a MiB at 2 GiB/s.
 _COPY_PRIOR = (2e-5, 1 / 2048)
-# Per step, prefill position, 1000 query-key pairs of prefill, decode row, 1000 positions
-# that decode rows read. A guess for prefill that is too low would never be mended by trying.
-_STEP_PRIOR = (1e-3, 2e-4, 1e-6, 1e-4, 1e-6)
-
-# Weight of an old measurement after each new one, and of the prior at all times.
-_COPY_MEMORY, _STEP_MEMORY, _PRIOR_WEIGHT = 0.95, 0.99, 1e-4
-_SERVICE_MEMORY = 0.99
-_SHORTEST = 1e-7  # seconds; what is shorter cannot be told apart
-
-
-class Fit:
-    """Non-negative costs per unit of a few features, by least squares with forgetting.
-
-    Each measurement counts by its relative error, so that small jobs teach the cost of a
-    launch and large ones the rate. Where measurements say nothing, the prior stands.
-
-    Args:
-        prior: Costs before the first measurement.
-        memory: Weight that older measurements keep at each new one.
-    """
-
-    def __init__(self, prior: Sequence[float], memory: float) -> None:
-        self.count = 0
-        self._prior = np.array(prior, dtype=np.float64)
-        self._memory = memory
-        # In units of the prior, so that all numbers are of one size.
-        self._products = np.zeros((len(prior), len(prior)))
-        self._targets = np.zeros(len(prior))
-        self._costs: NDArray[np.float64] | None = self._prior
-
-    def observe(self, features: Sequence[float], seconds: float) -> None:
-        """A job with these features took so long."""
-        seconds = max(seconds, _SHORTEST)
-        x = np.array(features, dtype=np.float64) * self._prior / seconds
-        self._products = self._memory * self._products + np.outer(x, x)
-        self._targets = self._memory * self._targets + x
-        self._costs = None
-        self.count += 1
-
-    @property
-    def costs(self) -> NDArray[np.float64]:
-        """Seconds per unit of each feature."""
-        if self._costs is None:
-            self._costs = self._solve() * self._prior
-        return self._costs
-
-    def _solve(self) -> NDArray[np.float64]:
-        size = len(self._prior)
-        # The prior is a faint measurement of every feature, relative to what was seen of it.
-        weight = _PRIOR_WEIGHT * (1e-6 + np.diag(self._products))
-        products = self._products + np.diag(weight)
-        targets = self._targets + weight
-        found = np.zeros(size)
-        active = list(range(size))
-        # Features whose cost came out negative go one by one: their true cost is near 0.
-        while active:
-            part = np.linalg.solve(products[np.ix_(active, active)], targets[active])
-            lowest = int(np.argmin(part))
-            if part[lowest] >= 0:
-                found[active] = part
-                break
-            del active[lowest]
-        return found
-
-    def seconds(self, features: Sequence[float]) -> float:
-        """What a job with these features is expected to take."""
-        return float(self.costs @ np.array(features, dtype=np.float64))
+# Weight that older measurements keep at each new one.
+_COPY_MEMORY, _SERVICE_MEMORY = 0.95, 0.99
 
 
 class SwapCost:
@@ -88,14 +24,15 @@ class SwapCost:
     Args:
         block_bytes: Bytes of a KV block.
         block_size: Tokens of a KV block.
+        steps: What steps cost here.
     """
 
-    def __init__(self, block_bytes: int, block_size: int) -> None:
+    def __init__(self, block_bytes: int, block_size: int, steps: StepCostLearner) -> None:
         self.block_bytes = block_bytes
         self.block_size = block_size
         self._out = Fit(_COPY_PRIOR, _COPY_MEMORY)
         self._in = Fit(_COPY_PRIOR, _COPY_MEMORY)
-        self._step = Fit(_STEP_PRIOR, _STEP_MEMORY)
+        self._steps = steps
         self._service = 0.0
         self._seconds = 0.0
 
@@ -108,28 +45,17 @@ class SwapCost:
 
     def observe_step(self, rows: Sequence[Row], seconds: float) -> None:
         """A step with these rows kept the device busy for so long."""
-        prefill = pairs = decodes = context = 0
-        for _, start, length, _ in rows:
-            if length > 1:
-                prefill += length
-                pairs += length * (2 * start + length) // 2
-            else:
-                decodes += 1
-                context += start + 1
-        self._observe(prefill, pairs, decodes, context, seconds)
+        prefill = sum(row.length for row in rows if row.length > 1)
+        decodes = sum(1 for row in rows if row.length == 1)
+        self._observe(service(prefill, decodes), seconds)
 
     def observe_decodes(self, rows: Sequence[Row], seconds: Iterable[float]) -> None:
-        """Steps that only decode, one after the other, the first of them with these rows."""
-        context = sum(row.start + 1 for row in rows)
+        """Steps that only decode, one after the other, each with as many rows."""
         for one in seconds:
-            self._observe(0, 0, len(rows), context, one)
-            context += len(rows)
+            self._observe(service(0, len(rows)), one)
 
-    def _observe(
-        self, prefill: int, pairs: int, decodes: int, context: int, seconds: float
-    ) -> None:
-        self._step.observe((1, prefill, pairs / 1000, decodes, context / 1000), seconds)
-        self._service = _SERVICE_MEMORY * self._service + prefill + 2 * decodes
+    def _observe(self, given: float, seconds: float) -> None:
+        self._service = _SERVICE_MEMORY * self._service + given
         self._seconds = _SERVICE_MEMORY * self._seconds + seconds
 
     # ---- predictions
@@ -140,8 +66,7 @@ class SwapCost:
 
     def prefill_seconds(self, start: int, end: int) -> float:
         """Seconds that positions [start, end) add to the steps which compute them."""
-        pairs = (end - start) * (start + end) / 2
-        return self._step.seconds((0, end - start, pairs / 1000, 0, 0))
+        return self._steps.costs.prefill_seconds(start, end - start)
 
     @property
     def service_rate(self) -> float:
@@ -159,7 +84,7 @@ class SwapCost:
     def copy_rates(self) -> tuple[float, float]:
         """Bytes per second out and in, without the launches; infinite if not measurable."""
         out, inward = (float(self._copies(outward).costs[1]) for outward in (True, False))
-        return (MIB / out if out else np.inf, MIB / inward if inward else np.inf)
+        return (MIB / out if out else math.inf, MIB / inward if inward else math.inf)
 
     @property
     def knows_copies(self) -> bool:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+from instance.budget import StepCostLearner
 from instance.config import PreemptionMode, SwapMode
 from instance.kv.blocks import BlockPool, IntegrityError
 from instance.kv.copies import Copies, CopyJob, HostSpace, copy_runs
@@ -43,6 +44,7 @@ class Swap:
     Args:
         tables: Block tables; their host pool is where copies go.
         space: Size and use of that pool.
+        steps: What steps cost here.
 
     Attributes:
         copies: Those under way, and those to be issued.
@@ -53,8 +55,8 @@ class Swap:
             it.
     """
 
-    def __init__(self, tables: BlockTables, space: HostSpace) -> None:
-        self.copies = Copies(tables, space)
+    def __init__(self, tables: BlockTables, space: HostSpace, steps: StepCostLearner) -> None:
+        self.copies = Copies(tables, space, steps)
         self.tables = tables
         self.pool: BlockPool = self.copies.pool
         self.host: BlockPool = self.copies.host

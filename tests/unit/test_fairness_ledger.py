@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cluster.dispatcher.core import Dispatcher, DispatcherConfig
 from cluster.dispatcher.events import FetchLedger, Joined, LedgerCopied, Reported, SendLedger, Tick
-from cluster.dispatcher.fairness import FairnessLedger, Source
+from cluster.dispatcher.fairness import LEAST_LEASE, FairnessLedger, Source
 from cluster.dispatcher.tenants import TenantPolicy, policy_from_json, policy_to_json
 from cluster.flags import ConfigError
 from cluster.gateway.home import Peer
@@ -144,6 +144,19 @@ def test_the_gap_and_its_bound_are_made_of_what_instances_say() -> None:
     )
     ledger.ended(Source("i3", "x"), 0.0)
     assert ledger.lease() == 50
+
+
+@pytest.mark.parametrize(("theta", "instances"), [(0.0, 1), (16.0, 2), (1024.0, 100)])
+def test_no_lease_is_so_small_that_every_step_is_reported(theta: float, instances: int) -> None:
+    ledger = FairnessLedger()
+    for number in range(instances):
+        report = ServiceReport(theta=theta, increment=10.0)
+        ledger.report(Source(f"i{number}", "x"), report, 0.0)
+    assert ledger.lease() == LEAST_LEASE
+    # What is hidden by it is in the bound.
+    steps = 10.0 * instances
+    hidden = (instances - 1) * LEAST_LEASE + steps - 10.0 if instances > 1 else 0.0
+    assert ledger.bound(STANDARD) == theta + LEAST_LEASE + 10.0 + hidden + steps
 
 
 def test_idle_accounts_and_old_sources_are_forgotten() -> None:

@@ -31,6 +31,7 @@ INSTANCE_CORES = (
     "instance/limits.py",
     "instance/model/cuda/sizing.py",
     "instance/budget.py",
+    "instance/fit.py",
     "instance/priority.py",
     "instance/queues.py",
     "instance/planner.py",

@@ -76,12 +76,16 @@ def test_theta_is_twice_what_a_swap_of_the_longest_costs() -> None:
     priorities = Priorities(counters, None, lambda tokens: 3.0 * tokens, 8, 4)
     short, long = make("short", "a", computed=1), make("long", "b", computed=100)
     assert priorities.theta == least_gap(4, 8) == 64
+    # Nothing runs: there is nobody to preempt, and nothing to tell a cluster either.
+    priorities.read([short, long])
+    assert priorities.theta == 64
+    short.status = long.status = SequenceStatus.RUNNING
     priorities.read([short, long])
     assert priorities.theta == 2 * 300 / 0.5
-    # Not below what the batch is given until the next reading, however small that is.
+    # Not below what the batch is given until the next reading, however small a swap is.
     priorities.read([short])
-    assert priorities.theta == 6 / 0.5
-    short.status = SequenceStatus.RUNNING
+    assert priorities.theta == least_gap(1, 8) / 0.5
+    short.num_computed = 0
     priorities.read([short])
     assert priorities.theta == least_gap(1, 8) / 0.5
     fixed = Priorities(counters, 7.0)

@@ -7,7 +7,9 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instance.kv.cost import MIB, Fit, SwapCost, waiting_pays
+from instance.budget import StepCostLearner, StepShape, attended
+from instance.fit import Fit
+from instance.kv.cost import MIB, SwapCost, waiting_pays
 from instance.request import Row
 from tests.unit.kv_driver import make
 
@@ -24,7 +26,7 @@ jobs = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 400)), min_size=20,
 def test_the_cost_of_a_launch_and_the_rate_are_found(
     jobs: list[tuple[int, int]], launch: float, rate: float
 ) -> None:
-    cost = SwapCost(MIB // 4, 16)
+    cost = SwapCost(MIB // 4, 16, StepCostLearner())
     # What lies on one line cannot tell the two apart.
     jobs = [*jobs, (1, 400), (20, 20), (1, 1)]
 
@@ -68,25 +70,23 @@ def test_new_measurements_displace_old_ones() -> None:
 
 
 def test_prefill_is_told_apart_from_decodes_beside_it() -> None:
-    cost = SwapCost(MIB, 16)
+    steps = StepCostLearner()
+    cost = SwapCost(MIB, 16, steps)
     token, pair, decode, base = 3e-4, 2e-8, 1e-3, 5e-3
     for step in range(400):
         decodes = step % 7
         chunk = (0, 64, 256)[step % 3]
-        start = 128 * (step % 5)
-        rows = [Row(SEQUENCE, 50, 1, True)] * decodes
-        if chunk:
-            rows.append(Row(SEQUENCE, start, chunk, False))
-        pairs = chunk * (2 * start + chunk) / 2
-        cost.observe_step(rows, base + decode * decodes + token * chunk + pair * pairs)
-    expected = 1000 * token + 1000 * 1000 / 2 * pair
+        pairs = attended(128 * (step % 5), chunk)
+        seconds = base + decode * decodes + token * chunk + pair * pairs
+        steps.observe(StepShape(chunk, pairs, decodes, 51 * decodes), seconds)
+    expected = 1000 * token + attended(0, 1000) * pair
     assert math.isclose(cost.prefill_seconds(0, 1000), expected, rel_tol=0.15)
     # What is farther back costs more, by the quadratic part.
     assert cost.prefill_seconds(4000, 5000) > cost.prefill_seconds(0, 1000)
 
 
 def test_the_service_of_a_swap_is_its_time_at_the_rate_of_service() -> None:
-    cost = SwapCost(MIB, 16)
+    cost = SwapCost(MIB, 16, StepCostLearner())
     assert cost.swap_service(1000) == 0.0
     for _ in range(100):
         cost.observe_step([Row(SEQUENCE, 9, 1, True)] * 10, 0.02)
@@ -98,7 +98,7 @@ def test_the_service_of_a_swap_is_its_time_at_the_rate_of_service() -> None:
 
 
 def test_rates_are_those_of_the_copies() -> None:
-    cost = SwapCost(MIB, 16)
+    cost = SwapCost(MIB, 16, StepCostLearner())
     for blocks in (1, 10, 100, 3, 30, 300):
         cost.observe_copy(True, 1, blocks, blocks * MIB / 1e9)
         cost.observe_copy(False, 1, blocks, blocks * MIB / 2e9)
