@@ -127,7 +127,7 @@ def calibrate(
         CalibrationError: if something cannot be measured.
         ValueError: if there is no such model, or a setting makes no sense.
     """
-    from instance.model.runner import TorchExecutor
+    from instance.model.runner import make_executor
 
     device = "cpu" if settings.device == "auto" else settings.device
     config = settings.engine(device)
@@ -136,7 +136,7 @@ def calibrate(
         # Copies are measured all the same, in a pool that the instance will not have.
         config = dataclasses.replace(config, swap=SwapConfig(space_bytes=_COPY_POOL))
     progress(f"loading {settings.model} on {device}")
-    executor = TorchExecutor(config, progress)
+    executor = make_executor(config, progress)
     try:
         return measure(executor, settings, name, quick, progress)
     finally:

@@ -19,7 +19,7 @@ from instance.executor import Executor
 from instance.leases import LedgerUpdate
 from instance.load import InstanceInfo, MigrationReport, Role
 from instance.model.resolve import Progress
-from instance.model.runner import TorchExecutor
+from instance.model.runner import make_executor
 from instance.server import InstanceServer, Reporter
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ class InstanceActor:
         token: str,
         host: str | Callable[[], str] = "127.0.0.1",
         reporter: Reporter | None = None,
-        executor: ExecutorFactory = TorchExecutor,
+        executor: ExecutorFactory = make_executor,
     ) -> None:
         faulthandler.enable()
         # A step takes the interpreter back from the loop's thread about a thousand times,

@@ -2,40 +2,43 @@
 
 from __future__ import annotations
 
-import functools
-import logging
-import queue
-import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from instance.config import EngineConfig
-from instance.executor import Copier, ModelDescription, StepBatch, StepResult
+from instance.executor import Executor, ModelDescription, StepBatch, StepResult
 from instance.kv.copier import TensorCopier, TensorKvPool
 from instance.model.attention import make_attention
 from instance.model.context import forward_context
-from instance.model.grammar import Grammars, load_tokenizer
-from instance.model.loader import describe, load_model
+from instance.model.loader import load_model
 from instance.model.logprobs import RawLogprobs
 from instance.model.resolve import Progress, resolve_model
 from instance.model.sampler import sample
 from instance.model.support import text_config
-from instance.request import Grammar
-
-Done = Callable[[StepResult | BaseException], None]
-
-logger = logging.getLogger(__name__)
+from instance.model.worker import Done, ModelWorker
 
 
-class TorchExecutor:
-    """Runs steps on one worker thread, in the order of their launch; an ``Executor``.
+def make_executor(config: EngineConfig, progress: Progress | None = None) -> Executor:
+    """The executor of a device; see ``TorchExecutor`` for arguments and errors.
+
+    Raises:
+        ValueError: also if there is no such device.
+    """
+    if config.device != "cuda":
+        return TorchExecutor(config, progress)
+    if not torch.cuda.is_available():
+        raise ValueError("device is cuda, but torch finds no GPU")
+    from instance.model.cuda.runner import CudaExecutor
+
+    return CudaExecutor.load(config, progress)
+
+
+class TorchExecutor(ModelWorker):
+    """Runs steps on the CPU; an ``Executor``.
 
     The step's rows, decode and prefill alike, ride in one forward pass of shape [1, T]; the
-    output head sees the sampled positions only. ``done`` is called on the worker thread. A
-    step that raises is answered with the exception; the executor itself goes on.
+    output head sees the sampled positions only. ``done`` is called on the worker thread.
 
     Args:
         config: Model, dtype, pool size and threads.
@@ -49,16 +52,12 @@ class TorchExecutor:
 
     def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
         if config.device != "cpu":
-            raise ValueError(f"device must be 'cpu', not {config.device!r}")
+            raise ValueError(f"device must be 'cpu' or 'cuda', not {config.device!r}")
         folder = resolve_model(config.model, progress)
-        self._model = load_model(folder, config.dtype, config.device, progress)
-        self.description: ModelDescription = describe(
-            self._model,
-            config.served_model_name or Path(config.model).name,
-            config.block_size,
-            config.scheduler.max_model_len,
-        )
-        self.num_blocks: int = _num_blocks(config, self._model.dtype, self.description)
+        model = load_model(folder, config.dtype, config.device, progress)
+        super().__init__(model, folder, config)
+        self.num_blocks: int = _num_blocks(config, model.dtype, self.description)
+        self._num_threads = config.num_threads
         self._kv = torch.zeros(
             (
                 self.num_blocks,
@@ -68,70 +67,21 @@ class TorchExecutor:
                 self.description.num_kv_heads,
                 self.description.head_dim,
             ),
-            dtype=self._model.dtype,
+            dtype=model.dtype,
         )
-        self._grammars = Grammars(
-            self.description.vocab_size,
-            self.description.eos_token_ids,
-            functools.partial(
-                load_tokenizer,
-                folder,
-                self.description.vocab_size,
-                self.description.eos_token_ids,
-            ),
-        )
-        heads = text_config(self._model.config).num_attention_heads
-        self._attention = make_attention(self._kv, heads)
+        self._attention = make_attention(self._kv, text_config(model.config).num_attention_heads)
         kv = TensorKvPool(self._kv, self._attention.written)
         self.kv: TensorKvPool | None = kv
-        self.copier: Copier | None = None
         if num_host := config.swap.blocks(kv.block_bytes):
             self.copier = TensorCopier(self._kv, num_host, self._attention.written)
-        self._steps: queue.SimpleQueue[tuple[StepBatch, Done] | None] = queue.SimpleQueue()
-        self._closed = False
-        self._thread = threading.Thread(
-            target=self._work, args=(config.num_threads,), name="executor", daemon=True
-        )
-        self._thread.start()
+        self._start()
 
-    def launch(self, batch: StepBatch, done: Done) -> None:
-        """Queue a step and return at once.
-
-        Raises:
-            RuntimeError: after ``close``.
-        """
-        if self._closed:
-            raise RuntimeError("the executor is closed")
-        self._steps.put((batch, done))
-
-    def prepare(self, grammar: Grammar, ready: Callable[[str], None]) -> None:
-        """Compile a grammar on a thread beside the steps; see ``Executor.prepare``."""
-        self._grammars.prepare(grammar, ready)
-
-    def close(self) -> None:
-        """End the worker thread after the running step; steps queued behind it are dropped."""
-        self._closed = True
-        self._grammars.close()
-        if self.copier is not None:
-            self.copier.close()
-        self._steps.put(None)
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-
-    def _work(self, num_threads: int) -> None:
+    def _begin(self) -> None:
         # Holds for the calling thread only.
-        torch.set_num_threads(num_threads)
-        while (step := self._steps.get()) is not None and not self._closed:
-            batch, done = step
-            result: StepResult | BaseException
-            try:
-                result = self._run(batch)
-            except BaseException as error:
-                result = error
-            try:
-                done(result)
-            except Exception:
-                logger.exception("the callback of step %d failed", batch.number)
+        torch.set_num_threads(self._num_threads)
+
+    def _take(self, batch: StepBatch, done: Done) -> None:
+        self._answer(batch, done, self._run(batch))
 
     def _run(self, batch: StepBatch) -> StepResult:
         began = time.perf_counter()
@@ -150,7 +100,9 @@ class TorchExecutor:
             computed = time.perf_counter()
             logits = logits[: len(sampled)]
             raw = RawLogprobs(logits, batch)
-            errors = self._grammars.restrict(logits, batch) if batch.grammars else {}
+            errors = {}
+            if batch.grammars and self._grammars is not None:
+                errors = self._grammars.restrict(logits, batch)
             tokens = sample(logits, batch)
             logprobs = raw.of(tokens)
         return StepResult(
