@@ -79,6 +79,7 @@ class _TenantOrder:
 
     def __init__(self, ledger: FairnessLedger) -> None:
         self.counter = ledger.counter
+        self.apart = ledger.apart
         self._ledger = ledger
 
     def theta(self, info: InstanceInfo) -> float:

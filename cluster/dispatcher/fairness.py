@@ -348,9 +348,17 @@ class FairnessLedger:
 
     def gap(self, request_class: RequestClass) -> Gap:
         """How far apart the waiting accounts of a class are, and may be."""
+        gap = self._spread(request_class)
+        return Gap(gap, self.bound(request_class), len(self.waiting(request_class)))
+
+    def apart(self) -> bool:
+        """Whether tenants of a class that wait differ by more than half the least theta."""
+        most = min((given.theta for given in self._live()), default=math.inf) / 2
+        return any(self._spread(one) > most for one in RequestClass)
+
+    def _spread(self, request_class: RequestClass) -> float:
         counters = [self.counter(account) for account in self.waiting(request_class)]
-        gap = max(counters) - min(counters) if counters else 0.0
-        return Gap(gap, self.bound(request_class), len(counters))
+        return max(counters) - min(counters) if counters else 0.0
 
     def knows(self, source: Source) -> bool:
         """Whether the source has reported and is not forgotten."""

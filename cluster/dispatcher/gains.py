@@ -2,18 +2,17 @@
 
 Llumnix (section 4.4.3) pairs instances below a low threshold of freeness with those above
 a high one, whatever the move brings. Here a move is made only if its benefit exceeds its
-cost, both in predicted seconds. Moves for balance raise the lesser freeness of their pair,
-so they cannot go back and forth while the load stays the same: each one raises the sorted
-list of freenesses.
+cost, both in predicted seconds. Moves for balance lessen what all requests together are
+expected to lose, so they cannot go back and forth while the load stays the same.
 """
 
 from __future__ import annotations
 
+from cluster.dispatcher.predicted import block_seconds
 from cluster.dispatcher.rebalance import (
     Move,
     Round,
     best_destination,
-    block_seconds,
     candidates,
     compatible,
     gain,
@@ -22,9 +21,9 @@ from cluster.dispatcher.rebalance import (
     suits,
     with_arrival,
 )
-from cluster.dispatcher.views import InstanceState, LoadView
-from instance.load import InstanceInfo, Role, SequenceLoad
-from instance.request import Account, RequestClass
+from cluster.dispatcher.views import LoadView
+from instance.load import Role, SequenceLoad
+from instance.request import RequestClass
 
 
 def plan_balance(plan: Round) -> None:
@@ -131,7 +130,7 @@ def plan_isolate(plan: Round) -> None:
             target = plan.destination(view, sequence) if plan.may_gain(sequence) else None
             if target is None:
                 continue
-            relief = min(shortage, sequence.blocks) * block_seconds(view, plan.config)
+            relief = min(shortage, sequence.blocks) * block_seconds(view)
             if relief - plan.cost(view, target, sequence) > plan.config.min_gain:
                 plan.add(Move(sequence, view.instance_id, target.instance_id, "isolate"))
                 break

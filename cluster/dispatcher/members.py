@@ -13,6 +13,7 @@ from cluster.dispatcher.prefix_index import PrefixIndex
 from cluster.dispatcher.table import Candidates, LoadTable
 from cluster.dispatcher.views import InstanceState, LoadView
 from instance.load import InstanceInfo, LoadReport, Role, SequenceLoad
+from instance.request import Account
 
 _ASK_INTERVAL = 2.0
 """Seconds before an instance is asked again for its prefixes."""
@@ -153,8 +154,8 @@ class Members:
         if transfer.source in self.loads:
             self.loads[transfer.source].goes(transfer.sequence, on)
 
-    def set_draining(self, instance_id: str, on: bool) -> None:
-        """An operator wants an instance emptied, or no longer."""
+    def set_draining(self, instance_id: str, on: bool | None) -> None:
+        """An operator wants an instance emptied, or no longer; None leaves it to its reports."""
         self.loads[instance_id].draining = on
         self.loads[instance_id].touch()
 
@@ -186,6 +187,10 @@ class Members:
         """Whether its report is younger than its last migration and none is under way."""
         load = self.loads[instance_id]
         return load.report is not None and load.heard > load.settled and not load.moving
+
+    def expected(self, instance_id: str) -> frozenset[Account]:
+        """Whose requests were sent to an instance, or move there, and are not reported yet."""
+        return self.loads[instance_id].expected
 
     def staying(self, instance_id: str) -> list[SequenceLoad]:
         """Reported sequences that are not on their way elsewhere, in queue order."""

@@ -8,14 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from cluster.dispatcher.duties import plan_drain, plan_handoff
+from cluster.dispatcher.evening import Order, plan_fairness
 from cluster.dispatcher.events import Action, RejectMigration, StartMigration
-from cluster.dispatcher.gains import (
-    Order,
-    plan_balance,
-    plan_defragment,
-    plan_fairness,
-    plan_isolate,
-)
+from cluster.dispatcher.gains import plan_balance, plan_defragment, plan_isolate
 from cluster.dispatcher.links import LinkRates
 from cluster.dispatcher.llumnix import plan_llumnix
 from cluster.dispatcher.load import InstanceLoad, Transfer
@@ -31,6 +26,8 @@ from cluster.dispatcher.views import InstanceState, LoadView
 from instance.load import MigrationReport, Role, SequenceLoad
 
 MOVED = "moved"
+_PER_INSTANCE = 0.001
+"""Seconds by which rounds for fairness are further apart with each instance."""
 
 
 class Migrations:
@@ -69,6 +66,7 @@ class Migrations:
         self._is_over = is_over
         self._cooldowns = Cooldowns()
         self._balanced = -math.inf
+        self._evened = -math.inf
         self._waited: dict[str, float] = {}
 
     def requested(self, request_id: str, destination: str | None, now: float) -> list[Action]:
@@ -133,6 +131,7 @@ class Migrations:
                 self._count("migrations_ended", f"{transfer.reason}/forgotten", 1)
         rules = self.rules if config.enabled else "off"
         due = rules != "off" and now - self._balanced >= config.interval
+        even = due or (rules == "gain" and self._apart(now))
         views = {view.instance_id: view for view in members.views(now)}
         emptying = [
             name
@@ -140,9 +139,9 @@ class Migrations:
             if view.state is InstanceState.DRAINING or view.role is Role.PREFILL
         ]
         budget = config.max_in_flight - len(members.transfers)
-        if budget <= 0 or not (due or emptying):
+        if budget <= 0 or not (even or emptying):
             return []
-        plan = self._round(views, list(views) if due else emptying, budget, now)
+        plan = self._round(views, list(views) if even else emptying, budget, now)
         plan_drain(plan, {name for name in emptying if members.loads[name].leaving})
         plan_handoff(plan)
         owed = len(plan.moves)
@@ -150,7 +149,19 @@ class Migrations:
             self._balanced = now
             self._cooldowns.prune(now, config, self._waited_or_running(plan))
             self._plan_gains(plan, rules)
+        elif even and self._order is not None:
+            plan_fairness(plan, self._order)
+        if even:
+            self._evened = now
         return [self._start(move, now, at >= owed) for at, move in enumerate(plan.moves)]
+
+    def _apart(self, now: float) -> bool:
+        """Whether waiting tenants are so far apart that the next round comes early.
+
+        With the number of instances such rounds cost more, and come less often.
+        """
+        interval = self.config.even_interval + _PER_INSTANCE * len(self._members.loads)
+        return now - self._evened >= interval and self._order is not None and self._order.apart()
 
     def _plan_gains(self, plan: Round, rules: str) -> None:
         if rules == "llumnix":
@@ -193,6 +204,7 @@ class Migrations:
             now=now,
             slots=slots,
             budget=budget,
+            expected={name: members.expected(name) for name in listed},
         )
 
     def _waited_or_running(self, plan: Round) -> Callable[[str], bool]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from cluster.dispatcher.links import LinkRates
+from cluster.dispatcher.predicted import lost_seconds
 from cluster.dispatcher.views import InstanceState, LoadView
 from instance.load import Role, SequenceLoad
 from instance.request import Account, RequestClass
@@ -24,7 +25,6 @@ class RebalanceConfig:
             share of it.
         min_gain: Seconds that a move must gain beyond its cost.
         move_seconds: Cost of any move in seconds, beside the transfer of its KV.
-        step_seconds: Duration of a decode step where none was measured.
         request_cooldown: Seconds before a request that moved for gain may move so again.
         pair_cooldown: Seconds before the same two instances are paired again.
         retry: Seconds before a request that could not leave where it must tries again.
@@ -34,6 +34,8 @@ class RebalanceConfig:
         max_light_per_instance: The same for requests that wait and move for fairness.
         even_interval: Seconds between rounds for fairness while waiting tenants are apart.
         defragment_moves: Requests that move away at most to make room for a waiting one.
+        llumnix_threshold: Remaining steps that divide sources from destinations, where
+            Llumnix's rules are in force.
     """
 
     enabled: bool = True
@@ -41,7 +43,6 @@ class RebalanceConfig:
     hysteresis: float = 0.2
     min_gain: float = 0.2
     move_seconds: float = 0.05
-    step_seconds: float = 0.02
     request_cooldown: float = 10.0
     pair_cooldown: float = 2.0
     retry: float = 1.0
@@ -51,6 +52,7 @@ class RebalanceConfig:
     max_light_per_instance: int = 4
     even_interval: float = 0.1
     defragment_moves: int = 3
+    llumnix_threshold: float = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +157,6 @@ def has_room(view: LoadView, sequence: SequenceLoad) -> bool:
     )
 
 
-def block_seconds(view: LoadView, config: RebalanceConfig) -> float:
-    """Seconds in which a decoding sequence fills one KV block."""
-    return view.info.model.block_size * (view.step_seconds or config.step_seconds)
-
-
 def cost(
     source: LoadView,
     destination: LoadView,
@@ -182,16 +179,13 @@ def gain(
 ) -> float:
     """What a move for balance brings beyond its cost, in seconds.
 
-    The benefit is the rise of the lesser freeness of the two instances, times the sequences
-    that enjoy it: so much longer all of them together decode before memory is short.
+    The benefit is what all requests of the two instances together are expected to lose less.
     """
-    before = min(source.rebalancing_freeness(), destination.rebalancing_freeness())
-    after = min(
-        without(source, sequence, position).rebalancing_freeness(),
-        with_arrival(destination, sequence).rebalancing_freeness(),
-    )
-    benefit = (after - before) * max(1, source.running) * block_seconds(source, config)
-    return benefit - cost(source, destination, sequence, links, config)
+    costs = source.costs
+    before = lost_seconds(source, costs) + lost_seconds(destination, costs)
+    after = lost_seconds(without(source, sequence, position), costs)
+    after += lost_seconds(with_arrival(destination, sequence), costs)
+    return before - after - cost(source, destination, sequence, links, config)
 
 
 def candidates(

@@ -169,7 +169,6 @@ class FairCluster:
             priority_interval=2,
         )
     )
-    pin_to: str = ""
 
     def __post_init__(self) -> None:
         self.round = 0

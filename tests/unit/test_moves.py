@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from cluster.dispatcher.core import Dispatcher
 from cluster.dispatcher.duties import plan_drain, plan_handoff
+from cluster.dispatcher.evening import plan_fairness
 from cluster.dispatcher.events import (
     Joined,
     MigrationEnded,
@@ -19,7 +20,6 @@ from cluster.dispatcher.events import (
     StartMigration,
     Tick,
 )
-from cluster.dispatcher.gains import plan_fairness
 from cluster.dispatcher.links import DEFAULT_RATE, LinkRates, block_bytes
 from cluster.dispatcher.llumnix import THRESHOLD, remaining_steps
 from cluster.dispatcher.load import LoadConfig
@@ -188,11 +188,43 @@ def test_no_move_for_fairness_without_a_right_to_preempt_or_room() -> None:
     assert fair_moves(loads, Ahead(rich=5.0, theta=10.0)) == [("p1", "i0", "i1")]
 
 
-def test_one_that_has_something_there_already_is_not_sent_after_it() -> None:
+def test_one_that_waits_there_already_is_not_sent_after_it() -> None:
     loads = {
         "i0": (of("poor", "p0", 90), of("poor", "p1", 40, running=False)),
-        "i1": (of("rich", "r1", 50), of("poor", "p2", 40)),
+        "i1": (of("rich", "r1", 90), of("poor", "p2", 40, running=False)),
     }
+    assert fair_moves(loads, Ahead(rich=100.0)) == []
+
+
+def queue_of(tenant: str, number: int) -> tuple[SequenceLoad, ...]:
+    return tuple(of(tenant, f"{tenant}{n}", 10, running=False) for n in range(number))
+
+
+def test_the_tenant_behind_passes_those_that_wait_elsewhere() -> None:
+    loads = {
+        "i0": (of("poor", "p", 90), *queue_of("poor", 3)),
+        "i1": (of("poor", "q", 90), *queue_of("rich", 3)),
+    }
+    assert fair_moves(loads, Ahead(rich=100.0)) == [("poor0", "i0", "i1")]
+    # Not for a difference that the instances are allowed to have.
+    assert fair_moves(loads, Ahead(rich=5.0, theta=10.0)) == []
+    # What waits there in vain can as well wait where it is.
+    loads["i0"] = (of("poor", "p", 90), *queue_of("poor", 1))
+    assert fair_moves(loads, Ahead(rich=100.0)) == []
+
+
+def test_as_many_leave_an_instance_as_may_at_a_time() -> None:
+    loads = {"i0": (of("poor", "p", 90), *queue_of("poor", 9))}
+    for number in range(1, 8):
+        loads[f"i{number}"] = (of("rich", f"r{number}", 90),)
+    found = fair_moves(loads, Ahead(rich=100.0))
+    assert len({destination for _, _, destination in found}) == len(found)
+    assert len(found) == RebalanceConfig().max_light_per_instance
+
+
+def test_a_class_is_not_compared_with_another() -> None:
+    urgent = of("rich", "r", 90, request_class=RequestClass.INTERACTIVE)
+    loads = {"i0": (of("poor", "p", 90), *queue_of("poor", 3)), "i1": (urgent,)}
     assert fair_moves(loads, Ahead(rich=100.0)) == []
 
 
