@@ -24,7 +24,8 @@ from typing import Any
 from bench.instances import TOKEN, FixedPlacer, InstanceProcess
 from bench.report import Target, finish, median, parser, percentile, print_table
 from cluster.dispatcher.messages import PlaceRequest
-from cluster.gateway.router import RequestStream, Router
+from cluster.gateway.router import Router
+from cluster.gateway.stream import RequestStream
 from instance.config import EngineConfig, MigrationConfig, SchedulerConfig
 from instance.request import Request, SamplingParams
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cluster import tables, top
@@ -32,6 +32,8 @@ examples:
   drover drain instance-1                            move its requests away, give it none
   drover drain instance-1 --wait                     and return when it is empty
   drover resume instance-1                           take it back
+  drover drain --node "$HOSTNAME" --until-restart --wait --gateway --url http://127.0.0.1:8000
+                                                     before this machine, or pod, goes away
 """
 RESUME_EXAMPLES = """\
 examples:
@@ -65,11 +67,26 @@ def add_commands(command: AddCommand) -> None:
     drain = command("drain", "empty an instance by moving its requests", DRAIN_EXAMPLES)
     drain.add_argument("--wait", action="store_true", help="return when it is empty")
     drain.add_argument(
+        "--node", metavar="NAME", help="every instance on this machine, as `drover status` shows it"
+    )
+    drain.add_argument(
+        "--until-restart",
+        action="store_true",
+        help="the instance that is started in its place takes requests again",
+    )
+    drain.add_argument(
+        "--gateway",
+        action="store_true",
+        help="with --wait: and when the gateway at --url has no request of a client left",
+    )
+    drain.add_argument(
         "--timeout", metavar="SECONDS", default="600", help="with --wait, at most (default: 600)"
     )
     resume = command("resume", "let a drained instance take requests again", RESUME_EXAMPLES)
-    for one in (drain, resume):
-        one.add_argument("instance_id", metavar="INSTANCE", help="as `drover status` shows it")
+    for one, count in ((drain, "?"), (resume, None)):
+        one.add_argument(
+            "instance_id", metavar="INSTANCE", nargs=count, help="as `drover status` shows it"
+        )
     migrate = command("migrate", "move a running request", MIGRATE_EXAMPLES)
     migrate.add_argument("request_id", metavar="REQUEST_ID", help="as `drover status` shows it")
     migrate.add_argument(
@@ -147,22 +164,43 @@ def _top(given: argparse.Namespace, client: AdminClient) -> None:
 
 def _drain(given: argparse.Namespace, client: AdminClient) -> None:
     patience = _seconds("--timeout", given.timeout, 0.0)
-    name = given.instance_id
-    answer = client.call("POST", "/admin/drain", {"instance_id": name})
+    if (given.instance_id is None) == (given.node is None):
+        raise ConfigError("drain: give an instance, or --node")
+    names = [given.instance_id]
+    if given.node is not None:
+        found = client.call("GET", "/admin/instances")["instances"]
+        names = [one["instance_id"] for one in found if one["node"] == given.node]
+    answers = []
+    for name in names:
+        body = {"instance_id": name}
+        if given.until_restart:
+            body["until_restart"] = True
+        answers.append(client.call("POST", "/admin/drain", body))
+    # For one instance its answer, for a node the answers of all.
+    answer = answers[0] if given.node is None else {"node": given.node, "instances": answers}
+    what = f"{given.node} ({', '.join(names) or 'no instance'})" if given.node else names[0]
     if not given.wait:
-        _show(given, answer, lambda _: f"{name} is draining; `drover status` shows what is left")
+        _show(given, answer, lambda _: f"{what} is draining; `drover status` shows what is left")
         return
     deadline = time.monotonic() + patience
-    while True:
-        found = client.call("GET", "/admin/instances")["instances"]
-        entry = next((one for one in found if one["instance_id"] == name), None)
-        left = 0 if entry is None else entry["running"] + entry["waiting"] + entry["charged"]
-        if not left:
-            _show(given, {**answer, "left": 0}, lambda _: f"{name} is empty")
-            return
+    while left := _left(client, names, given.gateway):
         if time.monotonic() >= deadline:
-            raise CommandError(f"{name} still has {left} requests; it goes on draining")
+            raise CommandError(f"{what} still has {left} requests; it goes on draining")
         time.sleep(_POLL)
+    _show(given, {**answer, "left": 0}, lambda _: f"{what} is empty")
+
+
+def _left(client: AdminClient, names: Sequence[str], gateway: bool) -> int:
+    """Requests on these instances; if there is none, with ``gateway`` those of its clients."""
+    found = client.call("GET", "/admin/instances")["instances"]
+    left = sum(
+        one["running"] + one["waiting"] + one["charged"]
+        for one in found
+        if one["instance_id"] in names
+    )
+    if not left and gateway:
+        left = len(client.call("GET", "/admin/requests")["requests"])
+    return int(left)
 
 
 def _migrate(given: argparse.Namespace, client: AdminClient) -> None:

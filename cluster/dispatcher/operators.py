@@ -93,14 +93,37 @@ class OperatorCalls:
             if not waiting and self._moves.get(request_id) is waiting:
                 del self._moves[request_id]
 
-    async def drain(self, instance_id: str) -> None:
+    async def drain(self, instance_id: str, until_restart: bool = False) -> None:
         """Give an instance no more requests and move away those it has.
 
+        Args:
+            instance_id: Which.
+            until_restart: Only this incarnation: its process is about to end, and the one
+                that takes its place takes requests.
+
         Raises:
-            OrderError: if there is no such instance.
+            OrderError: if there is no such instance, or it does not answer.
         """
         self._require(instance_id)
-        self._handle(DrainRequested(instance_id))
+        if until_restart:
+            await self._drain_incarnation(instance_id)
+        else:
+            self._handle(DrainRequested(instance_id))
+
+    async def _drain_incarnation(self, instance_id: str) -> None:
+        """Have an instance say in its reports that it is draining; ends once one said so."""
+        load = self._core.members.loads[instance_id]
+        try:
+            async with asyncio.timeout(CHECK_TIMEOUT):
+                await self._instance(instance_id).drain.remote(True)
+                if load.draining is False:
+                    # An earlier drain was ended here, which outweighs the reports.
+                    self._core.members.set_draining(instance_id, None)
+                while not load.drains:
+                    await asyncio.sleep(0.02)
+        except Exception as error:
+            why = "no answer" if isinstance(error, TimeoutError) else first_line(error)
+            raise OrderError("conflict", f"{instance_id} cannot be drained: {why}") from None
 
     async def resume(self, instance_id: str) -> None:
         """End a drain.

@@ -21,7 +21,8 @@ from cluster.gateway.auth import AdminKey
 from cluster.gateway.connection import read_body
 from cluster.gateway.errors import ApiError, from_failure, invalid
 from cluster.gateway.metrics import GatewayMetrics
-from cluster.gateway.router import RequestFailed, Router
+from cluster.gateway.router import Router
+from cluster.gateway.stream import RequestFailed
 
 logger = logging.getLogger(__name__)
 
@@ -222,16 +223,15 @@ class OperatorApi:
 
     async def drain(self, http: HttpRequest) -> Response:
         """Move everything off an instance, and give it nothing new."""
-        return await self._order("drain", http, "draining")
+        body = schemas.validate(schemas.DrainBody, await _object(http))
+        await self._dispatcher("drain", body.instance_id, body.until_restart)
+        return json_response({"instance_id": body.instance_id, "state": "draining"})
 
     async def resume(self, http: HttpRequest) -> Response:
         """End a drain."""
-        return await self._order("resume", http, "ready")
-
-    async def _order(self, order: str, http: HttpRequest, state: str) -> Response:
         body = schemas.validate(schemas.InstanceBody, await _object(http))
-        await self._dispatcher(order, body.instance_id)
-        return json_response({"instance_id": body.instance_id, "state": state})
+        await self._dispatcher("resume", body.instance_id)
+        return json_response({"instance_id": body.instance_id, "state": "ready"})
 
     async def _dispatcher(self, method: str, *args: Any) -> Any:
         try:

@@ -30,8 +30,9 @@ from cluster.gateway.generation import Choice, Piece, all_pieces
 from cluster.gateway.grammar_check import GrammarChecker
 from cluster.gateway.logprobs import LogprobsFormat
 from cluster.gateway.metrics import GatewayMetrics, RequestTimer
-from cluster.gateway.router import RequestFailed, Router
+from cluster.gateway.router import Router
 from cluster.gateway.schemas import ChatBody, GenerationBody
+from cluster.gateway.stream import RequestFailed
 from cluster.gateway.streaming import AnswerFormat, EventStream, collect
 from cluster.gateway.tokenizer import ModelTokenizer
 from instance.request import Request, RequestClass

@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from cluster.dispatcher.messages import ClusterView, Placement, PlaceRequest, Refusal
 
@@ -20,6 +20,30 @@ Answer = Placement | Refusal
 ASK_AGAIN = 2.0
 """Seconds after which a request that the dispatcher holds is asked for again: its answer may be
 lost, or the dispatcher new."""
+
+
+class Placer(Protocol):
+    """Finds instances for requests; ``DispatcherClient``, or what a bench puts there."""
+
+    view: ClusterView
+
+    def on_view(self, callback: Any) -> None:
+        """Set who is told each new view."""
+
+    def start(self) -> None:
+        """Begin to follow the cluster."""
+
+    async def close(self) -> None:
+        """Stop following it."""
+
+    def place(self, request: PlaceRequest) -> asyncio.Future[Answer]:
+        """Where a request runs; the future never fails."""
+
+    def finished(self, request_id: str, epoch: int) -> None:
+        """A request needs no instance any more."""
+
+    async def call(self, method: str, *args: Any, timeout: float | None = None) -> Any:
+        """Await a method of the dispatcher."""
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +67,7 @@ class DispatcherClient:
     Calls in flight are coalesced without a timer: what arrives while a call is out goes
     with the next one. The dispatcher answers at once or says that it holds a request; the
     answers to those are fetched by another call. While the dispatcher is away, requests are
-    placed by power-of-two-choices on the last view (DESIGN, section 7).
+    placed by power-of-two-choices on the last view.
 
     Args:
         gateway_id: The gateway for which it asks.

@@ -8,7 +8,7 @@ from http import HTTPStatus
 import orjson
 from starlette.responses import Response
 
-from cluster.gateway.router import RequestFailed
+from cluster.gateway.stream import RequestFailed
 
 _TYPES = {
     400: "invalid_request_error",

@@ -11,7 +11,7 @@ from cluster.gateway.detokenizer import OutputText
 from cluster.gateway.errors import ApiError, from_failure
 from cluster.gateway.logprobs import Scored
 from cluster.gateway.metrics import RequestTimer
-from cluster.gateway.router import Delta, RequestFailed, RequestStream
+from cluster.gateway.stream import Delta, RequestFailed, RequestStream
 from instance.request import FinishReason, Request
 
 _FINISH_REASONS = {

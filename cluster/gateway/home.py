@@ -2,7 +2,7 @@
 
 A pure core. Its gateway's shell turns wire messages into calls of ``Home`` and executes the
 actions returned, in order and before the next call. It decides every ownership question of
-live migration and of replay after a death (DESIGN, sections 4, 6 and 8).
+live migration and of replay after a death.
 
 One request is owned by at most one holder (an instance's incarnation) per epoch. The epoch
 advances in two ways only: a claim is granted, or the request is replayed elsewhere. Tokens

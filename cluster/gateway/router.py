@@ -6,10 +6,11 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable
+from typing import Any
 
-from cluster.dispatcher.messages import ClusterView, Placement, PlaceRequest, Refusal
+from cluster.dispatcher.messages import ClusterView, Placement, PlaceRequest
+from cluster.gateway.dispatching import Placer
 from cluster.gateway.home import (
     Deliver,
     Held,
@@ -24,203 +25,18 @@ from cluster.gateway.home import (
 )
 from cluster.gateway.links import InstanceLink
 from cluster.gateway.served import ServedService
+from cluster.gateway.stream import RequestFailed, RequestStream
 from instance import wire
 from instance.kv.prefix import with_adapter
 from instance.kv.prefix_events import prompt_keys
 from instance.load import InstanceInfo
-from instance.request import FinishReason, Request, TokenLogprobs
+from instance.request import FinishReason, Request
 from protos import generate_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
 _FINISH_REASONS = {reason.value: reason for reason in FinishReason}
 """What an enumeration's own lookup would find, at a fifth of its cost: one per token."""
-
-
-class RequestFailed(Exception):
-    """A request that cannot go on, in terms of an HTTP answer.
-
-    Attributes:
-        status: HTTP status.
-        message: For people.
-        type: OpenAI's kind of error; None for the one that fits the status.
-        code: For programs.
-        retry_after: Seconds after which trying again makes sense.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        type: str | None = None,
-        code: str | None = None,
-        retry_after: float | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.type = type
-        self.code = code
-        self.retry_after = retry_after
-
-
-class Delta(NamedTuple):
-    """New output tokens; ``finish_reason`` is NOT_FINISHED until the last one.
-
-    ``logprobs`` has one for each token where the request asks for them, else none.
-    """
-
-    tokens: list[int]
-    finish_reason: FinishReason
-    message: str
-    cached_tokens: int
-    logprobs: Sequence[TokenLogprobs] = ()
-
-
-class Placer(Protocol):
-    """Finds instances for requests; the dispatcher's client, or what a bench puts there."""
-
-    view: ClusterView
-
-    def on_view(self, callback: Any) -> None:
-        """Set who is told each new view."""
-
-    def start(self) -> None:
-        """Begin to follow the cluster."""
-
-    async def close(self) -> None:
-        """Stop following it."""
-
-    def place(self, request: PlaceRequest) -> asyncio.Future[Placement | Refusal]:
-        """Where a request runs; the future never fails."""
-
-    def finished(self, request_id: str, epoch: int) -> None:
-        """A request needs no instance any more."""
-
-    async def call(self, method: str, *args: Any, timeout: float | None = None) -> Any:
-        """Await a method of the dispatcher."""
-
-
-class RequestStream:
-    """The output of one request: an async iterator of ``Delta``; raises RequestFailed.
-
-    Tokens that came since the last read are one delta, so a slow reader costs no more.
-
-    Attributes:
-        request: What was asked.
-        deadline: When its client gives up, on the event loop's clock.
-        producer: Instance whose tokens came last; None before the first.
-        epoch: Present ownership number.
-        migrations: Moves so far.
-        replays: Times the request was started again elsewhere.
-        pauses: Seconds between tokens at moves, until somebody takes them out.
-        stalls: The same at replays.
-        prefix: Keys of the prompt's leading blocks, once they were made.
-    """
-
-    def __init__(self, router: Router, request: Request, deadline: float = math.inf) -> None:
-        self.request = request
-        self.deadline = deadline
-        self.producer: str | None = None
-        self.epoch = 1
-        self.migrations = 0
-        self.replays = 0
-        self.prefix: bytes | None = None
-        self.num_output = 0
-        self.started = time.monotonic()
-        self.stalled_since: float | None = None
-        self.placements_failed = 0
-        self.pauses: list[float] = []
-        self.stalls: list[float] = []
-        self._delivered = 0.0
-        self._router = router
-        self._holder: str | None = None
-        self._tokens: list[int] = []
-        self._logprobs: list[TokenLogprobs] = []
-        self._cached = 0
-        self._reason = FinishReason.NOT_FINISHED
-        self._message = ""
-        self._failure: RequestFailed | None = None
-        self._ended = False
-        self._waiter: asyncio.Future[None] | None = None
-
-    @property
-    def request_id(self) -> str:
-        return self.request.request_id
-
-    @property
-    def holder(self) -> str | None:
-        """Instance that holds the request; None while a placement is sought."""
-        owned = self._router.home.requests.get(self.request_id)
-        if owned is not None:
-            self._holder = None if owned.holder is None else owned.holder.instance_id
-        return self._holder
-
-    def cancel(self) -> None:
-        """Give the request up; no effect once it has ended."""
-        self._router.cancel(self)
-
-    def __aiter__(self) -> RequestStream:
-        return self
-
-    async def __anext__(self) -> Delta:
-        while True:
-            if self._tokens or (self._reason and not self._ended):
-                tokens, self._tokens = self._tokens, []
-                self._ended = bool(self._reason)
-                if not self._logprobs:
-                    return Delta(tokens, self._reason, self._message, self._cached)
-                logprobs, self._logprobs = self._logprobs, []
-                return Delta(tokens, self._reason, self._message, self._cached, logprobs)
-            if self._failure is not None and not self._ended:
-                self._ended = True
-                raise self._failure
-            if self._ended:
-                raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-
-    # ---- the router's side
-
-    def deliver(self, action: Deliver, producer: str | None) -> None:
-        """Take in the next tokens."""
-        self._tokens.extend(action.tokens)
-        self._logprobs.extend(action.logprobs)
-        self.num_output += len(action.tokens)
-        self._cached = max(self._cached, action.cached_tokens)
-        self._reason = action.finish_reason
-        self._message = action.message
-        if producer is not None:
-            self._came_from(producer)
-        self.stalled_since = None
-        self.placements_failed = 0
-        self._wake()
-
-    def _came_from(self, producer: str) -> None:
-        now = time.monotonic()
-        if self.stalled_since is not None:
-            self.stalls.append(now - self.stalled_since)
-        elif producer != self.producer and self.producer is not None:
-            self.pauses.append(now - self._delivered)
-        self.producer = producer
-        self._delivered = now
-
-    def fail(self, failure: RequestFailed) -> None:
-        """End with an error; tokens that came before are still read."""
-        if not self._reason and self._failure is None:
-            self._failure = failure
-            self._wake()
-
-    def end(self) -> None:
-        """End without more; for a request that its client has given up."""
-        self._tokens.clear()
-        self._ended = True
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
 
 class Router:
@@ -323,7 +139,7 @@ class Router:
         Args:
             deadline: When its client gives up, on the event loop's clock.
         """
-        stream = RequestStream(self, request, deadline)
+        stream = RequestStream(self.home, self.cancel, request, deadline)
         actions = self.home.add(request.request_id)
         self._streams[request.request_id] = stream
         self._execute(actions)

@@ -307,9 +307,15 @@ class MigrateBody(BaseModel):
 
 
 class InstanceBody(BaseModel):
-    """``POST /admin/drain`` and ``/admin/resume``."""
+    """``POST /admin/resume``."""
 
     instance_id: Annotated[str, Field(min_length=1)]
+
+
+class DrainBody(InstanceBody):
+    """``POST /admin/drain``."""
+
+    until_restart: bool = False
 
 
 class RoleBody(InstanceBody):

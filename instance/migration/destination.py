@@ -74,7 +74,7 @@ class DestinationMigration:
     """Takes one sequence over from another instance.
 
     The reservation is a lease that each message of the attempt renews. After the claim was
-    sent only the home's answer, or its death, ends the attempt (DESIGN, section 6). Blocks
+    sent only the home's answer, or its death, ends the attempt. Blocks
     are freed only when no write of the source can land any more.
 
     An ended attempt is kept by the shell until ``forget_at``, so that late and doubled

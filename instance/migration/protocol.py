@@ -1,4 +1,4 @@
-"""Live migration as pure state machines (DESIGN, section 6).
+"""Live migration as pure state machines.
 
 | stage    | source                                       | destination                        |
 |----------|----------------------------------------------|------------------------------------|

@@ -76,7 +76,7 @@ class SourceMigration:
 
     Until the handover is sent any trouble ends the attempt and the sequence goes on under
     its epoch. From then on no timer frees or resumes: the source waits for ``Released``,
-    and in doubt claims the request from the home until answered (DESIGN, section 6).
+    and in doubt claims the request from the home until answered.
 
     The shell feeds every event to ``handle`` and executes the actions in order; it calls
     ``handle(Tick(), now)`` at ``deadline()``. Times are monotonic seconds.

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from cluster.dispatcher.messages import ClusterView, InstanceView
-from cluster.gateway.router import Delta, RequestFailed
+from cluster.gateway.stream import Delta, RequestFailed
 from cluster.gateway.tokenizer import ModelTokenizer
 from instance.executor import ModelDescription
 from instance.load import InstanceInfo

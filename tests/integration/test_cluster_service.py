@@ -24,7 +24,8 @@ from cluster.dispatcher.requests import RequestConfig
 from cluster.dispatcher.tenants import TenantPolicy
 from cluster.gateway import dispatching
 from cluster.gateway.dispatching import DispatcherClient
-from cluster.gateway.router import RequestFailed, RequestStream, Router
+from cluster.gateway.router import Router
+from cluster.gateway.stream import RequestFailed, RequestStream
 from instance.clock import RealClock
 from instance.config import EngineConfig, MigrationConfig, SchedulerConfig
 from instance.executor import ModelDescription

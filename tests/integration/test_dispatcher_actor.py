@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import threading
 import time
 from pathlib import Path
@@ -50,7 +51,7 @@ class FakeInstance:
     """Reports a fixed load through the real reporter and answers migrations at once."""
 
     def __init__(self, name: str, requests: tuple[str, ...]) -> None:
-        self._info = info(name, incarnation=name + "-1")
+        self._info = info(name, incarnation=f"{name}-{os.getpid()}")
         self._requests = list(requests)
         self._draining = False
         self._reporter = DispatcherReporter(CLUSTER)
@@ -157,7 +158,7 @@ def test_a_dispatcher_in_full(ray, cluster) -> None:
     answers = ray.get(dispatcher.place.remote(requests))
     assert [answer.request_id for answer in answers] == [r.request_id for r in requests]
     assert all(isinstance(answer, Placement) for answer in answers)
-    assert {answer.incarnation for answer in answers} == {"i0-1", "i1-1"}
+    assert {answer.incarnation.partition("-")[0] for answer in answers} == {"i0", "i1"}
     assert ray.get(dispatcher.place.remote(requests)) == answers
     ray.get(dispatcher.finished.remote([(r.request_id, 1) for r in requests]))
     (late,) = ray.get(dispatcher.place.remote(requests[:1]))
@@ -250,6 +251,36 @@ def test_operators_change_tenants_and_policies(ray, cluster) -> None:
     found = ray.get(dispatcher.requests.remote(2, "i0", ""))
     assert (found["num_requests"], len(found["requests"])) == (3, 2)
     assert {one["instance_id"] for one in ray.get(dispatcher.instances.remote())} == {"i0", "i1"}
+
+
+def state_of(ray, dispatcher, name: str) -> str:
+    found = ray.get(dispatcher.instances.remote())
+    return next((one["state"] for one in found if one["instance_id"] == name), "gone")
+
+
+def test_a_drain_may_end_with_the_process(ray, cluster) -> None:
+    dispatcher, instances = cluster
+    for _ in range(2):
+        ray.get(dispatcher.drain.remote("i1", True))
+        assert state_of(ray, dispatcher, "i1") == "draining"
+        assert ray.get(instances["i1"].drains.remote())
+        # One that was ended by hand does not stand in the way of the next.
+        ray.get(dispatcher.resume.remote("i1"))
+        assert state_of(ray, dispatcher, "i1") == "ready"
+    ray.get(dispatcher.drain.remote("i1", True))
+    before = ray.get(instances["i1"].info.remote()).incarnation
+    ray.kill(instances["i1"], no_restart=False)
+
+    def another_is_ready() -> bool:
+        found = {one["instance_id"]: one for one in ray.get(dispatcher.instances.remote())}
+        one = found.get("i1", {"incarnation": before})
+        return one["incarnation"] != before and one["state"] == "ready"
+
+    wait_for(another_is_ready)
+    ray.kill(instances["i1"])
+    with pytest.raises(Exception, match="cannot be drained") as caught:
+        ray.get(dispatcher.drain.remote("i1", True))
+    assert caught.value.cause.code == "conflict"
 
 
 def write_policy(folder: Path, name: str, index: int) -> Path:

@@ -20,8 +20,8 @@ import pytest
 
 from cluster.config import GatewayConfig
 from cluster.gateway.auth import ApiKeys
-from cluster.gateway.router import Delta, RequestFailed
 from cluster.gateway.server import GatewayServer, PortInUseError, bind, check_port_free
+from cluster.gateway.stream import Delta, RequestFailed
 from cluster.gateway.tokenizer import ModelTokenizer
 from instance.load import MigrationReport
 from instance.request import FinishReason, RequestClass
@@ -598,7 +598,7 @@ async def test_admin(gateway: Gateway) -> None:
     assert router.calls == [
         ("migrate", "r", "instance-1"),
         ("migrate", "r", None),
-        ("drain", "instance-0"),
+        ("drain", "instance-0", False),
         ("resume", "instance-0"),
     ]
 
@@ -634,6 +634,7 @@ async def test_admin_of_the_whole_cluster(gateway: Gateway) -> None:
             ("set_policies", {"placement": "random"}, True, "ann (127.0.0.1)"),
         ),
         ("POST", "role", {"instance_id": "i", "role": "decode"}, ("set_role", "i", "decode")),
+        ("POST", "drain", {"instance_id": "i", "until_restart": True}, ("drain", "i", True)),
     ):
         router.calls.clear()
         answer = await http.request(method, f"/admin/{path}", json=body, headers=who)
@@ -653,6 +654,7 @@ async def test_admin_of_the_whole_cluster(gateway: Gateway) -> None:
         ("PATCH", "policies", {"rebalance": "on"}, "rebalance"),
         ("POST", "role", {"instance_id": "i", "role": "king"}, "role"),
         ("POST", "role", {"role": "mixed"}, "instance_id"),
+        ("POST", "drain", {"instance_id": "i", "until_restart": "no idea"}, "until_restart"),
         ("GET", "requests?scope=world", None, "scope"),
         ("GET", "requests?scope=cluster&limit=-1", None, "limit"),
         ("GET", "requests?tenant=a", None, "tenant"),

@@ -13,8 +13,8 @@ import pytest
 
 from cluster.config import GatewayConfig
 from cluster.gateway.auth import ApiKeys
-from cluster.gateway.router import Delta
 from cluster.gateway.server import GatewayServer
+from cluster.gateway.stream import Delta
 from instance.request import FinishReason, Request, RequestClass, TokenLogprobs
 from tests.integration.gateway_fakes import FakeRouter, Step, model_tokenizer, text
 from tests.unit.byte_tokenizer import EOS

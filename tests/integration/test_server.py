@@ -14,7 +14,8 @@ import grpc.aio
 import pytest
 
 from bench.instances import FixedPlacer
-from cluster.gateway.router import RequestStream, Router
+from cluster.gateway.router import Router
+from cluster.gateway.stream import RequestStream
 from instance import wire
 from instance.clock import RealClock
 from instance.config import (

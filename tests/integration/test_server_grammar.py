@@ -12,7 +12,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from cluster.gateway.router import Delta, RequestStream
+from cluster.gateway.stream import Delta, RequestStream
 from instance.config import EngineConfig
 from instance.model import grammar as grammar_module
 from instance.model.runner import TorchExecutor

@@ -269,6 +269,43 @@ def test_drain_may_wait_until_the_instance_is_empty(answers, capsys, monkeypatch
     assert "i1 is empty" in capsys.readouterr().out
 
 
+def test_a_machine_is_drained_with_all_that_runs_there(answers, capsys, monkeypatch) -> None:
+    write_state("http://127.0.0.1:8123", 8123, "the-key")
+    busy = [
+        {**instance(name, left), "node": node}
+        for name, left, node in (("i0", 3, "a"), ("i1", 2, "b"), ("i2", 1, "b"))
+    ]
+    answers["/admin/instances"] = (200, {"instances": busy})
+    answers["/admin/drain"] = (200, {"state": "draining"})
+    answers["/admin/requests"] = (200, {"requests": [{}, {}]})
+    order = ["drain", "--node", "b", "--until-restart", "--wait", "--gateway"]
+    assert cli.main([*order, "--timeout", "0"]) == 1
+    assert "b (i1, i2) still has 3 requests" in capsys.readouterr().err
+    bodies = [body for _, url, body, _ in answers["seen"] if url.endswith("/drain")]
+    assert bodies == [{"instance_id": name, "until_restart": True} for name in ("i1", "i2")]
+
+    pauses = []
+
+    def pause(_: float) -> None:
+        # First the instances are emptied, then the gateway's clients have their answers.
+        pauses.append(1)
+        empty = [{**one, "running": 0} for one in busy]
+        answers["/admin/instances"] = (200, {"instances": empty})
+        if len(pauses) == 2:
+            answers["/admin/requests"] = (200, {"requests": []})
+
+    monkeypatch.setattr(operating.time, "sleep", pause)
+    assert cli.main([*order, "--json"]) == 0
+    assert len(pauses) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert (found["node"], found["left"], len(found["instances"])) == ("b", 0, 2)
+    assert cli.main(["drain", "--node", "empty", "--wait"]) == 0
+    assert "empty (no instance) is empty" in capsys.readouterr().out
+    for wrong in (["drain"], ["drain", "i1", "--node", "b"]):
+        assert cli.main(wrong) == 2
+        assert "give an instance, or --node" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["top", "--interval", "0"], ["top", "--iterations", "-1"], ["drain", "i", "--timeout", "x"]],
