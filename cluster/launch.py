@@ -122,6 +122,7 @@ class Cluster:
         self._fleet = Fleet(self.config, say)
         self._gateways: dict[str, Any] = {}
         self._state_file: Path | None = None
+        # Incarnations by instance id; "" for one that is gone.
         self._seen: dict[str, str] = {}
 
     # ---- start
@@ -267,12 +268,13 @@ class Cluster:
             status = ray.get(self._dispatcher.status.remote(0), timeout=1.0)
             found = {one["instance_id"]: one["incarnation"] for one in status["instances"]}
             for name in self._fleet.handles:
-                before, now = self._seen.get(name), found.get(name)
-                if now is None and before is not None:
+                before, now = self._seen.get(name), found.get(name, "")
+                if before and not now:
                     self._say(f"{name}: gone; its requests go on elsewhere")
-                elif now is not None and now != before:
-                    self._say(f"{name}: {'back' if before is None else 'restarted'}")
-            self._seen = found
+                elif before is not None and now != before:
+                    self._say(f"{name}: {'restarted' if before else 'back'}")
+            known = {name: "" for name in self._seen if name in self._fleet.handles}
+            self._seen = known | found
         if self.config.max_instances:
             self._scale()
 

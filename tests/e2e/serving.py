@@ -100,16 +100,28 @@ def process_tree(pid: int) -> list[psutil.Process]:
 
 @contextlib.contextmanager
 def serve(
-    model: str | Path, *flags: str, ready: float = 150, env: dict[str, str] | None = None
+    model: str | Path,
+    *flags: str,
+    ready: float = 150,
+    env: dict[str, str] | None = None,
+    module: str = "cluster.cli",
 ) -> Iterator[Cluster]:
-    """Run ``drover serve`` as a user would, until the block ends; then Ctrl-C."""
+    """Run ``drover serve`` as a user would, until the block ends; then Ctrl-C.
+
+    Args:
+        model: Its folder or name.
+        flags: Of the command line.
+        ready: Seconds that the start may take.
+        env: Environment variables beside those of the tests.
+        module: What stands for ``drover``.
+    """
     port = free_port("127.0.0.1")
     folder = Path(tempfile.mkdtemp(prefix="drover-e2e-"))
     log = folder / "serve.log"
     command = [
         sys.executable,
         "-m",
-        "cluster.cli",
+        module,
         "serve",
         str(model),
         "--port",

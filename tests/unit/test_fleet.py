@@ -13,7 +13,6 @@ from cluster.dispatcher.scaling import START, STOP
 from cluster.fleet import STOP_TIMEOUT, Fleet
 from tests.unit.dispatching import info
 
-
 CONFIG = ServeConfig()
 
 

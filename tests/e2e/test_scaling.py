@@ -1,0 +1,177 @@
+"""Instances come and go with the load on a real Ray, and one for which no machine has room."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import psutil
+import pytest
+
+from tests.e2e.serving import Cluster, serve, stream_text
+from tests.integration.models import make_tiny_model
+
+pytestmark = pytest.mark.timeout(300)
+
+CLIENTS = 24
+BLOCKS = 512
+PATIENCE = 120.0
+ROOM_TIMEOUT = 12
+GPUS = 2
+"""Machines' GPUs: room for two instances, one less than the load asks for."""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = make_tiny_model(
+        tmp_path_factory.mktemp("model") / "tiny-llama", "llama", max_len=4096, layers=4
+    )
+    with serve(
+        folder,
+        "--instances", "1",
+        "--max-instances", "3",
+        "--device", "cuda",
+        "--dtype", "float64",
+        "--served-model-name", "tiny",
+        "--num-gpu-blocks-override", str(BLOCKS),
+        "--max-num-seqs", "32",
+        # Two instances under load have less than this per request, and idle ones have more.
+        "--scale-up-threshold", str(2 * BLOCKS / (CLIENTS - 4)),
+        "--scale-down-threshold", str(2 * BLOCKS / (CLIENTS - 4) + 20),
+        "--scaling-period", "0.5",
+        "--scaling-cooldown", "1",
+        "--scale-out-timeout", str(ROOM_TIMEOUT),
+        module="tests.e2e.declared_gpus",
+        env={"RAY_OVERRIDE_RESOURCES": json.dumps({"GPU": GPUS})},
+    ) as running:  # fmt: skip
+        yield running
+
+
+def options(prompt: str, tokens: int) -> dict[str, Any]:
+    return {
+        "model": "tiny",
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "temperature": 0.8,
+        "seed": 3,
+        "extra_body": {"ignore_eos": True},
+    }
+
+
+@contextlib.contextmanager
+def load(cluster: Cluster) -> Iterator[list[str]]:
+    """Many clients that ask again and again while the block runs; yields what went wrong."""
+    ending = threading.Event()
+    wrong: list[str] = []
+
+    def ask(number: int) -> None:
+        client = cluster.client()
+        while not ending.is_set():
+            try:
+                client.completions.create(**options(f"Client {number}", 200))
+            except openai.OpenAIError as error:
+                wrong.append(repr(error))
+                return
+
+    clients = [threading.Thread(target=ask, args=(number,)) for number in range(CLIENTS)]
+    for client in clients:
+        client.start()
+    try:
+        yield wrong
+    finally:
+        ending.set()
+        for client in clients:
+            client.join()
+
+
+def instances(cluster: Cluster) -> dict[str, dict[str, Any]]:
+    return {one["instance_id"]: one for one in cluster.status()["instances"]}
+
+
+def moves(cluster: Cluster, reason: str) -> list[dict[str, Any]]:
+    found = cluster.status()["migrations"]
+    return [one for one in found if (one["reason"], one["outcome"]) == (reason, "moved")]
+
+
+def set_role(cluster: Cluster, instance_id: str, role: str) -> None:
+    cluster.admin.post(
+        "/admin/role", json={"instance_id": instance_id, "role": role}
+    ).raise_for_status()
+
+
+@contextlib.contextmanager
+def streams(cluster: Cluster, request: dict[str, Any]) -> Iterator[list[str]]:
+    """One long request after another while the block runs; yields their texts."""
+    ending = threading.Event()
+    texts: list[str] = []
+
+    def read() -> None:
+        while not ending.is_set():
+            texts.append(stream_text(cluster.client(), **request)[1])
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        yield texts
+    finally:
+        ending.set()
+        reader.join()
+
+
+def test_instances_come_and_go_with_the_load(cluster: Cluster) -> None:
+    request = options("From one to the other", 3000)
+    _, unmoved, _ = stream_text(cluster.client(), **request)
+    assert set(instances(cluster)) == {"instance-0"}
+
+    with load(cluster) as wrong:
+        cluster.wait_until(
+            "requests run on an instance that the load brought",
+            lambda: instances(cluster).get("instance-1", {}).get("running", 0) > 0,
+            PATIENCE,
+        )
+        # A third is wanted and has no room: that is said, and the others serve on.
+        cluster.wait_until(
+            "a third instance is wanted",
+            lambda: "instance-2" in cluster.status()["scaling"]["starting"],
+            PATIENCE,
+        )
+        cluster.wait_until(
+            "the third instance is given up",
+            lambda: (
+                (cluster.status()["scaling"]["failure"] or {}).get("instance_id") == "instance-2"
+            ),
+            PATIENCE,
+        )
+        failure = cluster.status()["scaling"]["failure"]
+        assert failure["why"] == f"no machine had room for {ROOM_TIMEOUT} s"
+        assert cluster.client().completions.create(**options("Serve on", 8)).choices[0].text
+        # What one instance has prefilled the other decodes.
+        set_role(cluster, "instance-0", "prefill")
+        set_role(cluster, "instance-1", "decode")
+        cluster.wait_until("a hand-off", lambda: bool(moves(cluster, "handoff")), PATIENCE)
+        assert set(instances(cluster)) == {"instance-0", "instance-1"}
+    assert wrong == []
+    assert "instance-2: not started: no machine had room" in cluster.log.read_text()
+
+    # The load is gone. Only the second instance can be spared once the first does both, so that
+    # what runs there moves before it stops.
+    process = psutil.Process(instances(cluster)["instance-1"]["pid"])
+    with streams(cluster, request) as texts:
+        cluster.wait_until(
+            "the stream runs where it was handed to",
+            lambda: [one["instance"] for one in cluster.requests()] == ["instance-1"],
+            PATIENCE,
+        )
+        set_role(cluster, "instance-0", "mixed")
+        cluster.wait_until(
+            "the instance has left", lambda: set(instances(cluster)) == {"instance-0"}, PATIENCE
+        )
+    assert set(texts) == {unmoved}
+    assert moves(cluster, "scale_in")
+    assert process.wait(PATIENCE) is None or not process.is_running()
+    assert [text for text in cluster.log.read_text().splitlines() if "instance-1: stopped" in text]
+    cluster.wait_idle()
