@@ -18,9 +18,12 @@ import yaml
 from cluster.cli import build_parser
 from cluster.config import ServeConfig
 from cluster.flags import flags_of, load_settings
+from cluster.gateway.admin import OperatorApi
 
 ROOT = Path(__file__).resolve().parents[2]
-MANIFESTS = sorted((ROOT / "deploy" / "kuberay").rglob("*.yaml"))
+FOLDER = ROOT / "deploy" / "kuberay"
+KUSTOMIZATION = FOLDER / "kustomization.yaml"
+MANIFESTS = sorted(set(FOLDER.rglob("*.yaml")) - {KUSTOMIZATION})
 CONTAINERFILE = ROOT / "deploy" / "Containerfile"
 RAYCLUSTER = json.loads((ROOT / "tests/data/raycluster.schema.json").read_text(encoding="utf-8"))
 KUBERNETES = "1.34"
@@ -159,6 +162,77 @@ def test_every_worker_can_hold_a_gateway_and_an_instance() -> None:
     assert config.instances == config.gateways == group["replicas"]
 
 
+def worker() -> Document:
+    (group,) = of_kind("RayCluster")["spec"]["workerGroupSpecs"]
+    return dict(group["template"])
+
+
+def test_workers_are_emptied_before_they_end() -> None:
+    spec = worker()["spec"]
+    (container,) = spec["containers"]
+    shell, flag, script = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert (shell, flag) == ("/bin/sh", "-c")
+    pause, *orders = re.split(r";|\|\|", script)
+    assert orders.pop().strip() == "true"
+    urls, patience = [], float(shlex.split(pause)[1])
+    for order in orders:
+        program, *arguments = shlex.split(order)
+        assert program == "drover"
+        given = build_parser().parse_args(arguments)
+        assert (given.command, given.wait, given.until_restart) == ("drain", True, True)
+        assert (given.instance_id, given.node) == (None, "$(hostname)")
+        urls.append(given.url)
+        patience += float(given.timeout)
+    # Its own gateway, whose clients are waited for, then any.
+    port = launcher_config().port
+    service = of_kind("Service")["metadata"]["name"]
+    assert urls == [f"http://127.0.0.1:{port}", f"http://{service}:{port}"]
+    assert spec["terminationGracePeriodSeconds"] > patience + 10
+    (key,) = [entry for entry in container["env"] if entry["name"] == "DROVER_ADMIN_KEY"]
+    assert key in launcher()["env"]
+
+
+def test_workers_are_scraped_where_the_gateway_listens() -> None:
+    annotations = worker()["metadata"]["annotations"]
+    assert annotations == {
+        "prometheus.io/scrape": "true",
+        "prometheus.io/port": str(launcher_config().port),
+        "prometheus.io/path": "/metrics",
+    }
+    paths = [route.path for route in OperatorApi(*5 * [None]).routes()]  # type: ignore[list-item]
+    assert {"/metrics", "/health"} <= set(paths)
+
+
+def test_the_network_is_drovers_own_but_for_http() -> None:
+    policy = of_kind("NetworkPolicy")["spec"]
+    for document in DOCUMENTS.values():
+        for template in pod_templates(document):
+            labels = template["metadata"]["labels"]
+            assert policy["podSelector"]["matchLabels"].items() <= labels.items()
+    inside, outside = policy["ingress"]
+    assert inside == {"from": [{"podSelector": policy["podSelector"]}]}
+    (port,) = of_kind("Service")["spec"]["ports"]
+    assert [one["port"] for one in outside["ports"]] == [port["targetPort"]]
+
+
+def test_one_worker_at_a_time_is_taken_away() -> None:
+    budget = of_kind("PodDisruptionBudget")["spec"]
+    assert budget["maxUnavailable"] == 1
+    labels = worker()["metadata"]["labels"]
+    assert budget["selector"]["matchLabels"].items() <= labels.items()
+    assert (
+        not budget["selector"]["matchLabels"].items()
+        <= {**of_kind("Deployment")["spec"]["template"]["metadata"]["labels"]}.items()
+    )
+
+
+def test_the_kustomization_has_every_manifest_and_image() -> None:
+    (found,) = load(KUSTOMIZATION)
+    assert sorted(found["resources"]) == [path.name for path in MANIFESTS]
+    images = {one["image"].partition(":")[0] for one in containers()}
+    assert images == {one["name"] for one in found["images"]}
+
+
 def test_drover_variables_are_settings() -> None:
     named = {env["name"] for one in containers() for env in one.get("env", [])}
     named.update(re.findall(r"\b(DROVER_[A-Z_]+)=", CONTAINERFILE.read_text(encoding="utf-8")))
@@ -169,11 +243,17 @@ def test_drover_variables_are_settings() -> None:
 
 
 def test_secrets_come_from_secrets() -> None:
-    secret = re.compile(r"TOKEN|KEY")
+    secret = re.compile(r"TOKEN|KEY|REDIS_URL")
     env = [entry for one in containers() for entry in one.get("env", [])]
     secrets = [entry for entry in env if secret.search(entry["name"])]
     names = {entry["name"] for entry in secrets}
-    assert {"DROVER_CLUSTER_TOKEN", "DROVER_ADMIN_KEY", "RAY_AUTH_TOKEN"} <= names
+    assert names == {
+        "DROVER_CLUSTER_TOKEN",
+        "DROVER_ADMIN_KEY",
+        "DROVER_API_KEY",
+        "DROVER_REDIS_URL",
+        "RAY_AUTH_TOKEN",
+    }
     assert all("secretKeyRef" in entry["valueFrom"] for entry in secrets)
     assert not re.search(r"--(api|admin)-key|--cluster-token", launcher()["args"][0])
 
