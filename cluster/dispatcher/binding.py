@@ -85,6 +85,12 @@ class Binding:
             open_now = np.array([self._preempts(load, account, max(1, most)) for load in loads])
             if not open_now.any():
                 return None
+        if account[1] == RequestClass.INTERACTIVE:
+            # Every instance that runs one keeps its headroom free, so they share instances as
+            # long as these keep it.
+            shared = open_now & (candidates.headroom > 0) & (candidates.slack > tokens)
+            if shared.any():
+                open_now = shared
         return candidates if open_now.all() else candidates.where(open_now)
 
     def _may_preempt_somewhere(self, account: Account) -> bool:

@@ -19,6 +19,7 @@ from cluster.dispatcher.events import (
     Tick,
 )
 from cluster.dispatcher.fairness import Source
+from cluster.dispatcher.load import LoadConfig
 from cluster.dispatcher.queues import LAST_RETRY, Rate, RequestQueues
 from cluster.dispatcher.tenants import TenantPolicy
 from instance.leases import ServiceReport
@@ -80,6 +81,31 @@ def test_an_instance_with_room_is_given_all_it_can_take_up() -> None:
     sent = sum(len(ids(actions)) for actions in asked)
     assert sent in (13, 14)
     assert core.num_held == 20 - sent
+
+
+def test_interactive_requests_share_instances_while_these_keep_their_headroom() -> None:
+    core = dispatcher(run_ahead=1, load=LoadConfig(headroom_blocks=60))
+    running = {
+        # Free and without an interactive request; 20, 28 and 30 blocks used beside one.
+        "i0": (sequence("a", 10),),
+        "i1": (sequence("b", 20, request_class=INTERACTIVE),),
+        "i2": (sequence("c", 28, request_class=INTERACTIVE),),
+        "i3": (sequence("d", 10, request_class=INTERACTIVE), sequence("e", 20)),
+    }
+    for name, held in running.items():
+        core.handle(Joined(info(name, blocks=100)), 0.0)
+        core.handle(Reported(report(name, 1, held, blocks=100)), 0.0)
+    goes = [
+        placed(core.handle(PlaceRequested(ask(f"r{n}", request_class=INTERACTIVE)), 0.1))
+        for n in range(6)
+    ]
+    # Each wants 7 blocks: i1 keeps 60 of 100 free with two more, i2 and i3 with one.
+    assert sorted(name for names in goes[:3] for name in names) == ["i1", "i1", "i2"]
+    assert goes[3] == ["i3"]
+    # None keeps it with one more, so another instance takes them; then that one is shared.
+    assert goes[4:] == [["i0"], ["i0"]]
+    # The others go where no headroom is taken off.
+    assert placed(core.handle(PlaceRequested(ask("r9")), 0.1)) == ["i0"]
 
 
 def test_batch_slots_are_room_too() -> None:
