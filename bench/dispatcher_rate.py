@@ -20,10 +20,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench.report import Target, finish, median, parser, percentile, print_table
-from cluster.config import ClusterRef
 from cluster.dispatcher.core import Dispatcher, DispatcherConfig
 from cluster.dispatcher.events import Finished, Joined, Place, PlaceRequested, Reported, Tick
 from cluster.dispatcher.messages import Placement, PlaceRequest
+from cluster.names import ClusterRef
 from instance.executor import ModelDescription
 from instance.kv.prefix_events import KEY_BYTES, PrefixDelta
 from instance.load import InstanceInfo, LoadReport, SequenceLoad

@@ -12,10 +12,11 @@ from instance.load import InstanceInfo
 
 
 def _serve(pipe: Connection, gateway_id: str, settings: dict[str, Any]) -> None:
-    from cluster.config import ClusterRef, GatewayConfig
     from cluster.dispatcher.messages import PlaceRequest
     from cluster.gateway.actor import GatewayActor
+    from cluster.gateway.config import GatewayConfig
     from cluster.gateway.router import Router
+    from cluster.names import ClusterRef
 
     infos: list[InstanceInfo] = settings.pop("instances")
 

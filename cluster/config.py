@@ -8,9 +8,7 @@ vLLM's where the meaning is the same.
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from cluster.dispatcher.core import DispatcherConfig
 from cluster.dispatcher.load import LoadConfig
@@ -30,8 +28,10 @@ from cluster.flags import (
     string,
     switch,
 )
+from cluster.gateway.config import GatewayConfig
+from cluster.names import ClusterRef
 from cluster.tenant_file import load_tenants
-from cluster.user_policy import is_file_policy, load_function
+from cluster.values import existing_folder, placement_policy, role_count, theta, tpot_target
 from instance.config import (
     EngineConfig,
     MigrationConfig,
@@ -46,110 +46,8 @@ from instance.request import RequestClass
 MIB, GIB = 1 << 20, 1 << 30
 
 
-@dataclass(frozen=True, slots=True)
-class ClusterRef:
-    """How to find a cluster's actors: named Ray actors in one namespace."""
-
-    dispatcher: str = "drover-dispatcher"
-    namespace: str = "drover"
-
-    @staticmethod
-    def actor_name(member_id: str) -> str:
-        """The Ray name of the instance or gateway actor with this id."""
-        return f"drover-{member_id}"
-
-
-@dataclass(frozen=True, slots=True)
-class GatewayConfig:
-    """Everything a gateway is started with.
-
-    Attributes:
-        gateway_id: Name of the gateway, unique in the cluster.
-        host: Address that it binds.
-        port: TCP port; shared by all gateways of a machine where ``reuse_port``.
-        model: Model whose tokenizer and chat template are used, as the instances name it.
-        served_model_name: Name under which clients know the model; "" means ``model``.
-        max_model_len: Prompt and output tokens of a request at most.
-        token: Cluster token: authorises calls to instances.
-        admin_key: Key of ``/admin/``; "" closes it.
-        api_keys_file: File of hashed keys and their tenants; None where there is none.
-        api_key_hashes: SHA-256 hex digests of further keys, of the tenant "default". Any
-            client is served where there is neither a file nor a hash.
-        dispatcher: Name of the dispatcher actor.
-        namespace: Ray namespace of the cluster's actors.
-        reuse_port: Bind with SO_REUSEPORT, so that several gateways share the port.
-        max_request_bytes: Body of an HTTP request at most.
-        request_timeout: Seconds that a request may take in all; 0 is unlimited.
-        connect_timeout: Seconds to reach an instance.
-        grace: Seconds after which an instance that is gone counts as dead.
-        drain_grace: Seconds that running requests get to end when the gateway stops.
-    """
-
-    gateway_id: str
-    host: str = "127.0.0.1"
-    port: int = 8000
-    model: str = "smollm2"
-    served_model_name: str = ""
-    max_model_len: int = 8192
-    token: str = ""
-    admin_key: str = ""
-    api_keys_file: str | None = None
-    api_key_hashes: tuple[str, ...] = ()
-    dispatcher: str = "drover-dispatcher"
-    namespace: str = "drover"
-    reuse_port: bool = True
-    max_request_bytes: int = 4 * MIB
-    request_timeout: float = 0.0
-    connect_timeout: float = 2.0
-    grace: float = 10.0
-    drain_grace: float = 5.0
-
-
 MODEL_SETTINGS = "model and memory"
 """Heading of the flags that say what an instance is."""
-
-
-def role_count(text: str) -> tuple[str, int]:
-    """A role and a number of instances, as in ``prefill=2``."""
-    role, _, count = text.partition("=")
-    if role not in (Role.PREFILL, Role.DECODE):
-        raise ConfigError(f"{text!r} is not prefill=N or decode=N")
-    return role, integer(1, 1024)(count)
-
-
-def placement_policy(text: str) -> str:
-    """A policy of the registry, or a function in a file, then with an absolute path."""
-    if not is_file_policy(text):
-        return one_of(*POLICIES)(text)
-    path, _, function = text.rpartition(":")
-    name = f"{Path(path).expanduser().absolute()}:{function}"
-    try:
-        load_function(name)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    return name
-
-
-def existing_folder(text: str) -> str:
-    """The absolute path of a folder, or nothing."""
-    if text and not Path(text).expanduser().is_dir():
-        raise ConfigError(f"there is no folder {text!r}")
-    return str(Path(text).expanduser().absolute()) if text else ""
-
-
-def _theta(text: str) -> float | None:
-    """A number, or the word auto."""
-    return None if text == "auto" else number(0.0)(text)
-
-
-def _tpot_target(text: str) -> tuple[RequestClass | None, float]:
-    """A target in milliseconds, "auto" or "off", of all classes or of CLASS=."""
-    name, separator, value = text.rpartition("=")
-    names = [one.name.lower() for one in RequestClass]
-    request_class = RequestClass[one_of(*names)(name).upper()] if separator else None
-    if value == "auto":
-        return request_class, 0.0
-    return request_class, math.inf if value == "off" else number(0.001)(value) / 1000
 
 
 _MODEL, _HTTP, _CLUSTER = MODEL_SETTINGS, "HTTP", "cluster"
@@ -240,7 +138,7 @@ class ServeConfig:
     )
     tpot_target_ms: tuple[tuple[RequestClass | None, float], ...] = setting(
         (),
-        _tpot_target,
+        tpot_target,
         "MS",
         _SCHEDULING,
         "milliseconds per output token within which prompts may share steps: MS, CLASS=MS, "
@@ -249,7 +147,7 @@ class ServeConfig:
     )
     fairness_theta: float | None = setting(
         None,
-        _theta,
+        theta,
         "SERVICE",
         _SCHEDULING,
         "how far a tenant must be ahead of another, in weighted tokens, before its requests "

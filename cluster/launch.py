@@ -14,10 +14,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cluster.config import ClusterRef, GatewayConfig, ServeConfig
+from cluster.config import ServeConfig
 from cluster.dispatcher.core import DispatcherConfig
 from cluster.fleet import ACTOR_CPUS, Fleet, environment
+from cluster.gateway.config import GatewayConfig
 from cluster.local import write_state
+from cluster.names import ClusterRef
 from cluster.ray_setup import (
     LaunchError,
     check_port,

@@ -6,7 +6,7 @@ import logging
 import threading
 from typing import Any
 
-from cluster.config import ClusterRef
+from cluster.names import ClusterRef
 from instance.load import InstanceInfo, LoadReport
 
 logger = logging.getLogger(__name__)

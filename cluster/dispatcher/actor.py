@@ -18,7 +18,6 @@ from typing import Any
 
 import ray
 
-from cluster.config import ClusterRef
 from cluster.dispatcher.audit import AuditLog
 from cluster.dispatcher.core import Dispatcher, DispatcherConfig
 from cluster.dispatcher.events import (
@@ -53,6 +52,7 @@ from cluster.dispatcher.messages import (
 from cluster.dispatcher.operators import OperatorCalls, first_line
 from cluster.dispatcher.overrides import POLICY, key
 from cluster.dispatcher.store import RedisStore, StateKeeper
+from cluster.names import ClusterRef
 from cluster.user_policy import FileRefused, file_policies
 from instance.load import InstanceInfo, LoadReport, MigrationReport
 from instance.request import Account

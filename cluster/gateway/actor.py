@@ -12,12 +12,13 @@ from typing import Any, TypeVar
 
 import uvloop
 
-from cluster.config import ClusterRef, GatewayConfig
 from cluster.gateway.auth import ApiKeys
+from cluster.gateway.config import GatewayConfig
 from cluster.gateway.dispatching import DispatcherClient
 from cluster.gateway.router import Router
 from cluster.gateway.server import GatewayServer
 from cluster.gateway.tokenizer import ModelTokenizer
+from cluster.names import ClusterRef
 from instance.model.resolve import resolve_model
 
 T = TypeVar("T")

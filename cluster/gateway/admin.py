@@ -14,10 +14,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
-from cluster.config import GatewayConfig
 from cluster.gateway import schemas
 from cluster.gateway.api import OpenAIApi, json_response
 from cluster.gateway.auth import AdminKey
+from cluster.gateway.config import GatewayConfig
 from cluster.gateway.connection import read_body
 from cluster.gateway.errors import ApiError, from_failure, invalid
 from cluster.gateway.metrics import GatewayMetrics

@@ -15,9 +15,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
-from cluster.config import GatewayConfig
 from cluster.gateway import schemas
 from cluster.gateway.auth import ApiKeys
+from cluster.gateway.config import GatewayConfig
 from cluster.gateway.connection import (
     ClientDisconnected,
     read_body,

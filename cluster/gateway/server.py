@@ -17,10 +17,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.config import GatewayConfig
 from cluster.gateway.admin import OperatorApi
 from cluster.gateway.api import CLIENT_CLOSED, OpenAIApi
 from cluster.gateway.auth import AdminKey, ApiKeys
+from cluster.gateway.config import GatewayConfig
 from cluster.gateway.connection import ClientDisconnected
 from cluster.gateway.errors import ApiError, internal
 from cluster.gateway.metrics import GatewayMetrics

@@ -11,9 +11,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from bench.instances import FixedPlacer
-from cluster.config import ClusterRef, GatewayConfig
 from cluster.gateway.actor import GatewayActor
+from cluster.gateway.config import GatewayConfig
 from cluster.gateway.router import Router
+from cluster.names import ClusterRef
 from instance.actor import InstanceActor
 from instance.clock import RealClock
 from instance.config import EngineConfig

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from cluster.config import ClusterRef
 from cluster.dispatcher.actor import DispatcherActor
 from cluster.dispatcher.core import DispatcherConfig
 from cluster.dispatcher.load import LoadConfig
@@ -26,6 +25,7 @@ from cluster.gateway import dispatching
 from cluster.gateway.dispatching import DispatcherClient
 from cluster.gateway.router import Router
 from cluster.gateway.stream import RequestFailed, RequestStream
+from cluster.names import ClusterRef
 from instance.clock import RealClock
 from instance.config import EngineConfig, MigrationConfig, SchedulerConfig
 from instance.executor import ModelDescription

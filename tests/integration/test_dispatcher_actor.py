@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from cluster import launch, ray_setup
-from cluster.config import ClusterRef
 from cluster.dispatcher.actor import DispatcherActor
 from cluster.dispatcher.core import DispatcherConfig
 from cluster.dispatcher.load import LoadConfig
@@ -18,6 +17,7 @@ from cluster.dispatcher.messages import ClusterView, Placement, Refusal
 from cluster.dispatcher.operators import OrderError
 from cluster.dispatcher.rebalance import RebalanceConfig
 from cluster.dispatcher.requests import RequestConfig
+from cluster.names import ClusterRef
 from cluster.reporter import DispatcherReporter
 from instance.load import InstanceInfo, LoadReport, MigrationReport
 from tests.integration.valkey import running

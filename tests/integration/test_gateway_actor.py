@@ -12,10 +12,11 @@ import httpx
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from cluster.config import ClusterRef, GatewayConfig
 from cluster.gateway.actor import GatewayActor
 from cluster.gateway.auth import KeyFileError
+from cluster.gateway.config import GatewayConfig
 from cluster.gateway.server import PortInUseError
+from cluster.names import ClusterRef
 from tests.integration.gateway_fakes import CHAT_TEMPLATE, FakeRouter
 from tests.unit.byte_tokenizer import byte_tokenizer
 

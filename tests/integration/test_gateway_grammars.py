@@ -13,9 +13,9 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from cluster.config import GatewayConfig
 from cluster.gateway import grammar_check
 from cluster.gateway.auth import ApiKeys
+from cluster.gateway.config import GatewayConfig
 from cluster.gateway.errors import ApiError
 from cluster.gateway.grammar_check import GrammarChecker
 from cluster.gateway.server import GatewayServer

@@ -18,8 +18,8 @@ import httpx
 import openai
 import pytest
 
-from cluster.config import GatewayConfig
 from cluster.gateway.auth import ApiKeys
+from cluster.gateway.config import GatewayConfig
 from cluster.gateway.server import GatewayServer, PortInUseError, bind, check_port_free
 from cluster.gateway.stream import Delta, RequestFailed
 from cluster.gateway.tokenizer import ModelTokenizer

@@ -11,8 +11,8 @@ import httpx
 import openai
 import pytest
 
-from cluster.config import GatewayConfig
 from cluster.gateway.auth import ApiKeys
+from cluster.gateway.config import GatewayConfig
 from cluster.gateway.server import GatewayServer
 from cluster.gateway.stream import Delta
 from instance.request import FinishReason, Request, RequestClass, TokenLogprobs

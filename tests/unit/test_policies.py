@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.config import placement_policy
 from cluster.dispatcher.core import Dispatcher, DispatcherConfig
 from cluster.dispatcher.events import Joined, PlaceRequested, Reported, Tick
 from cluster.dispatcher.overrides import POLICY, key
@@ -25,6 +24,7 @@ from cluster.user_policy import (
     is_file_policy,
     permitted,
 )
+from cluster.values import placement_policy
 from tests.unit.dispatching import ask, dispatcher, info, placed, report, sequence
 
 NAMES = ("i0", "i1", "i2")
