@@ -98,7 +98,10 @@ def main() -> int:
     options = arguments.parse_args()
     result = run(options)
     print_table(
-        ("place", "side", "step ms", "TBT p50", "TBT p99", "TBT max", "TTFT s", "seconds", "tokens/s"),
+        (
+            *("place", "side", "step ms", "TBT p50", "TBT p99", "TBT max"),
+            *("TTFT s", "seconds", "tokens/s"),
+        ),
         [
             (place, side, 1000 * row["alone"], *(row[name] for name in FIGURES))
             for (place, side), row in summary(result["rows"]).items()
