@@ -16,8 +16,6 @@ import math
 from cluster.dispatcher.rebalance import Move, Round, compatible
 from cluster.dispatcher.views import InstanceState, LoadView
 
-THRESHOLD = 3.0
-"""Remaining steps that divide sources from destinations."""
 WATERMARK = 0.01
 """Share of an instance's blocks that is kept in reserve (vLLM's default at the time)."""
 
@@ -44,8 +42,9 @@ def plan_llumnix(plan: Round) -> None:
         if view.state is InstanceState.READY and plan.slots[name] >= plan.config.max_per_instance
     }
     killed = {name for name in loads if plan.views[name].reported.preempted}
-    sources = [name for name in loads if name in killed or loads[name] < THRESHOLD]
-    takers = [name for name in loads if name not in killed and loads[name] > THRESHOLD]
+    threshold = plan.config.llumnix_threshold
+    sources = [name for name in loads if name in killed or loads[name] < threshold]
+    takers = [name for name in loads if name not in killed and loads[name] > threshold]
     sources.sort(key=lambda name: (loads[name], name))
     takers.sort(key=lambda name: (-loads[name], name))
     for source, taker in zip(sources, takers, strict=False):

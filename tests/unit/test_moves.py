@@ -21,7 +21,7 @@ from cluster.dispatcher.events import (
     Tick,
 )
 from cluster.dispatcher.links import DEFAULT_RATE, LinkRates, block_bytes
-from cluster.dispatcher.llumnix import THRESHOLD, remaining_steps
+from cluster.dispatcher.llumnix import remaining_steps
 from cluster.dispatcher.load import LoadConfig
 from cluster.dispatcher.rebalance import RebalanceConfig
 from instance.load import InstanceInfo, MigrationReport, Role, SequenceLoad
@@ -360,7 +360,7 @@ def test_llumnix_counts_the_first_waiting_request_or_all() -> None:
 def test_llumnix_pairs_by_its_threshold_whatever_it_brings() -> None:
     few = tuple(sequence(f"a{n}", 9) for n in range(10))
     loads = {"i0": few, "i1": (sequence("b", 50),), "i2": (sequence("c", 60),)}
-    assert THRESHOLD > (100 - 90 - 1) / 10
+    assert RebalanceConfig().llumnix_threshold > (100 - 90 - 1) / 10
     core = ready(loads, placement="llumnix")
     assert moves(core.handle(Tick(), 1.1)) == [("balance", "a0", "i0", "i1")]
     core = ready({"i0": few[:5], "i1": ()}, placement="llumnix")

@@ -72,6 +72,12 @@ def compiled(function: Callable[..., Any]) -> Any:
         return njit(cache=True, error_model="numpy")(function)
 
 
+def inlined(function: Callable[..., Any]) -> Any:
+    """A part that is compiled into those that call it: what is constant there is so in it."""
+    with _own_cache():
+        return njit(cache=True, error_model="numpy", forceinline=True)(function)
+
+
 @functools.cache
 def kernel(function: Callable[..., None]) -> Kernel:
     """Compile a kernel, unless its code was kept; it runs on torch's number of threads."""

@@ -29,7 +29,7 @@ from instance.model.kernels.lanes import (
     total,
     where_below,
 )
-from instance.model.kernels.launch import compiled
+from instance.model.kernels.launch import inlined
 from instance.model.kernels.paged import (
     KEY_SPACE,
     KEYS,
@@ -44,7 +44,7 @@ from instance.model.kernels.paged import (
 )
 
 
-@compiled
+@inlined
 def _dots(x, at, y, dim, count, out):
     """Products of a vector and each of [count, dim]; a few more come out of what follows."""
     for j in range(0, count, 4):
@@ -60,7 +60,7 @@ def _dots(x, at, y, dim, count, out):
         store_totals(out, j, p0, p1, p2, p3)
 
 
-@compiled
+@inlined
 def _weighted(weights, rows, first, dim, count, result):
     """Add 16 columns of [count, dim], weighted by row, to ``result``."""
     whole = count // 4 * 4
@@ -77,7 +77,7 @@ def _weighted(weights, rows, first, dim, count, result):
     return result
 
 
-@compiled
+@inlined
 def one_query(a, item, pool, query, key, value, out):
     dim = a[A.head_dim]
     group = a[A.num_heads] // a[A.num_kv_heads]

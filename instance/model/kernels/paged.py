@@ -13,7 +13,7 @@ from instance.model.kernels.lanes import (
     scratch,
     store,
 )
-from instance.model.kernels.launch import compiled
+from instance.model.kernels.launch import inlined
 
 MAX_HEAD_DIM = 256
 MAX_LANES = 64
@@ -96,7 +96,7 @@ KEY_SPACE = KEYS * MAX_HEAD_DIM
 KEY_SCORES = KEYS * 16
 
 
-@compiled
+@inlined
 def store_new(a, item, head, pool, key, value):
     """Write the item's own K and V of a head into the pool."""
     dim, size = a[A.head_dim], a[A.block_size]
@@ -114,7 +114,7 @@ def store_new(a, item, head, pool, key, value):
             copy(pool, slot + a[A.half_stride] + c, value, v + c)
 
 
-@compiled
+@inlined
 def find(a, row, head, first, count, offsets):
     """Offsets in the pool of K of a head at positions [first, first + count) of a row."""
     size, step = a[A.block_size], a[A.num_kv_heads] * a[A.head_dim]
@@ -133,7 +133,7 @@ def find(a, row, head, first, count, offsets):
         within = 0
 
 
-@compiled
+@inlined
 def lay_out(a, item, head, first, count, pool, key, value, keys, values):
     """K and V of positions [first, first + count) as float32, [count, head_dim] each."""
     dim, half = a[A.head_dim], a[A.half_stride]
