@@ -111,6 +111,7 @@ class InstanceActor:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def _ready(self) -> InstanceServer:
+        """Wait for the start; never on the loop, which the start itself needs."""
         self._started.result()
         assert self._server is not None
         return self._server
@@ -130,42 +131,52 @@ class InstanceActor:
     def drain(self, on: bool) -> None:
         """Say in the reports that this instance is draining, or no longer."""
 
+        server = self._ready()
+
         async def set_draining() -> None:
-            self._ready().draining = on
-            self._ready().report_soon()
+            server.draining = on
+            server.report_soon()
 
         self._run(set_draining())
 
     def set_role(self, role: Role) -> None:
         """Say in the reports what this instance is for."""
 
+        server = self._ready()
+
         async def set_role() -> None:
-            self._ready().role = role
-            self._ready().report_soon()
+            server.role = role
+            server.report_soon()
 
         self._run(set_role())
 
     def tell_prefixes(self) -> None:
         """Report all that the prefix cache holds."""
 
+        server = self._ready()
+
         async def tell() -> None:
-            self._ready().tell_prefixes()
+            server.tell_prefixes()
 
         self._run(tell())
 
     def take_ledger(self, incarnation: str, update: LedgerUpdate) -> None:
         """Take over what is new in the cluster's ledger of service."""
 
+        server = self._ready()
+
         async def take() -> None:
-            self._ready().take_ledger(incarnation, update)
+            server.take_ledger(incarnation, update)
 
         self._run(take())
 
     def copy_ledger(self) -> tuple[str, LedgerUpdate]:
         """The incarnation, and the ledger that it works with."""
 
+        server = self._ready()
+
         async def copy() -> tuple[str, LedgerUpdate]:
-            server = self._ready()
+            server = server
             return server.incarnation, server.counters.copy()
 
         return self._run(copy())
@@ -173,8 +184,10 @@ class InstanceActor:
     def check(self) -> dict[str, Any]:
         """Integrity and use of the block pool; raises IntegrityError if it is broken."""
 
+        server = self._ready()
+
         async def check() -> dict[str, Any]:
-            return self._ready().check()
+            return server.check()
 
         return self._run(check())
 
