@@ -130,7 +130,6 @@ class InstanceActor:
 
     def drain(self, on: bool) -> None:
         """Say in the reports that this instance is draining, or no longer."""
-
         server = self._ready()
 
         async def set_draining() -> None:
@@ -141,7 +140,6 @@ class InstanceActor:
 
     def set_role(self, role: Role) -> None:
         """Say in the reports what this instance is for."""
-
         server = self._ready()
 
         async def set_role() -> None:
@@ -152,7 +150,6 @@ class InstanceActor:
 
     def tell_prefixes(self) -> None:
         """Report all that the prefix cache holds."""
-
         server = self._ready()
 
         async def tell() -> None:
@@ -162,7 +159,6 @@ class InstanceActor:
 
     def take_ledger(self, incarnation: str, update: LedgerUpdate) -> None:
         """Take over what is new in the cluster's ledger of service."""
-
         server = self._ready()
 
         async def take() -> None:
@@ -172,18 +168,15 @@ class InstanceActor:
 
     def copy_ledger(self) -> tuple[str, LedgerUpdate]:
         """The incarnation, and the ledger that it works with."""
-
         server = self._ready()
 
         async def copy() -> tuple[str, LedgerUpdate]:
-            server = server
             return server.incarnation, server.counters.copy()
 
         return self._run(copy())
 
     def check(self) -> dict[str, Any]:
         """Integrity and use of the block pool; raises IntegrityError if it is broken."""
-
         server = self._ready()
 
         async def check() -> dict[str, Any]:
