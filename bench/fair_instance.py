@@ -6,8 +6,9 @@ virtual clock. Each workload is served by the engine as it is, by the same engin
 of arrival, and by non-preemptive VTC (see ``bench.fair_runs``); on the two that the targets
 are about also with a range of fixed thetas. Copies of KV are paid for.
 
-Gap: how far apart the counters of two tenants are at most while both wait. Service: prompt
-tokens, and twice the output tokens, by the tenant's weight.
+Gap: how far apart the counters of two tenants are at most while both wait. Accumulated
+difference: of the service that two tenants received while both waited. Service: prompt tokens,
+and twice the output tokens, by the tenant's weight.
 
     python -m bench.fair_instance [--quick] [--json PATH] [--seeds N]
 """
@@ -137,6 +138,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
                 row["system"],
                 " ".join(f"{one['gap']:.0f}" for one in runs),
                 max(one["bound"] for one in runs),
+                round(max(one["spread"] for one in runs)),
                 f"{middle('window_max')} {middle('window_mean')}",
                 " ".join(small),
                 f"{median(even):.2f}",
@@ -156,7 +158,7 @@ def main() -> int:
     options = arguments.parse_args()
     result = run(options)
     print_table(
-        ("workload", "system", "gap by seed", "bound", "60 s difference max mean",
+        ("workload", "system", "gap by seed", "bound", "accumulated", "60 s difference max mean",
          "small TTFT mean p99 s", "least/most", "service/s", "tokens/s", "preempted", "GB swapped"),
         table(result["rows"]),
     )  # fmt: skip

@@ -8,8 +8,8 @@ fcfs
     The same, but for counters that are all alike: in the order of arrival.
 vtc
     Virtual Token Counter (Sheng et al., OSDI '24) without preemption, as its authors run it:
-    a request enters once the KV of its prompt and of all its output fits, the tenant with
-    the least counter first, and nobody passes one that does not fit.
+    every ten steps requests enter while the KV of their prompts and of all their output fits,
+    the tenant with the least counter first, and nobody passes one that does not fit.
 fcfs, reserved
     The same in the order of arrival.
 """
@@ -48,19 +48,20 @@ class System:
         name: Of the system.
         theta: Of the scheduler; None: its own.
         blind: In the order of arrival.
-        reserves: A request enters once its whole KV fits.
+        reserves: A request enters once its whole KV fits; it is tried every so many steps.
+            0: there is no such condition.
     """
 
     name: str
     theta: float | None = None
     blind: bool = False
-    reserves: bool = False
+    reserves: int = 0
 
 
 DROVER = System("drover")
 FCFS = System("fcfs", math.inf, blind=True)
-VTC = System("vtc", math.inf, reserves=True)
-FCFS_RESERVED = System("fcfs, reserved", math.inf, blind=True, reserves=True)
+VTC = System("vtc", math.inf, reserves=10)
+FCFS_RESERVED = System("fcfs, reserved", math.inf, blind=True, reserves=10)
 
 
 def at_theta(theta: float) -> System:
@@ -77,6 +78,8 @@ class Reservations:
         counters: Order the tenants.
         enter: Takes a sequence.
         blind: One queue, in the order of arrival.
+        every: Steps between two times that requests may enter; they also may where nobody is
+            inside.
     """
 
     def __init__(
@@ -86,7 +89,10 @@ class Reservations:
         counters: WatchedCounters,
         enter: Callable[[LiveSequence], None],
         blind: bool,
+        every: int = 1,
     ) -> None:
+        self._every = every
+        self._steps = 0
         self._free = num_blocks
         self._block_size = block_size
         self._counters = counters
@@ -96,19 +102,27 @@ class Reservations:
         self._inside: dict[LiveSequence, None] = {}
 
     def submit(self, sequence: LiveSequence) -> None:
-        """Queue a request, and let in who fits."""
+        """Queue a request; it enters at once where it may."""
         name = "" if self._blind else sequence.request.tenant
         self._counters.waiting_begins(sequence.account, sequence.request_id)
         self._queues.setdefault(name, deque()).append(sequence)
-        self.admit()
+        if self._every == 1 or not self._inside:
+            self._admit()
 
     def ended(self, sequence: LiveSequence) -> None:
         """A request has given its memory back."""
         del self._inside[sequence]
         self._free += self._blocks(sequence)
 
-    def admit(self) -> None:
+    def stepped(self) -> None:
+        """A step has ended, and who ended with it has left."""
+        self._steps += 1
+        if self._steps >= self._every or not self._inside:
+            self._admit()
+
+    def _admit(self) -> None:
         """Let in who fits, by least counter; the first that does not fit ends it."""
+        self._steps = 0
         while heads := [queue[0] for queue in self._queues.values() if queue]:
             owed = self._owed()
             head = min(heads, key=lambda one: (self._standing(one, owed), one.request.arrival))
@@ -193,7 +207,12 @@ class Run:
         if system.reserves:
             enter = self._engine.submit
             self._gate = Reservations(
-                profile.num_blocks, model.block_size, counters, enter, system.blind
+                profile.num_blocks,
+                model.block_size,
+                counters,
+                enter,
+                system.blind,
+                system.reserves,
             )
             self._submit = self._gate.submit
         for number, asked in enumerate(workload):
@@ -204,6 +223,7 @@ class Run:
 
         Returns:
             ``gap``: largest difference of the counters of two tenants that waited.
+            ``spread``: of the service that two tenants received while both waited.
             ``bound``: what it may be; ``theta``: the largest.
             ``window_max``, ``window_mean``: service difference per second in 60 s.
             ``service``, ``tokens``: prompt tokens and twice the output tokens, and output
@@ -226,6 +246,7 @@ class Run:
         preemptions = scheduler.figures.preemptions
         return {
             "gap": self._counters.gap,
+            "spread": self._counters.spread.most,
             "theta": self._theta,
             "bound": self._theta + (config.priority_interval + 2) * step,
             "window_max": max(windows),
@@ -278,7 +299,7 @@ class Run:
                 if self._gate is not None:
                     self._gate.ended(sequence)
         if self._gate is not None:
-            self._gate.admit()
+            self._gate.stepped()
         self._counters.look()
         theta = self._engine.scheduler.priorities.theta
         self._theta = max(self._theta, theta)

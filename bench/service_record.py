@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -34,7 +35,11 @@ class ServiceRecord:
 
     def served(self, tenant: str, prompt: int, output: int, now: float) -> None:
         """Work was done; calls come in the order of time."""
-        self._add(self._service, tenant, service(prompt, output), now)
+        self.served_units(tenant, service(prompt, output), now)
+
+    def served_units(self, tenant: str, units: float, now: float) -> None:
+        """So much service was given; calls come in the order of time."""
+        self._add(self._service, tenant, units, now)
 
     def _add(self, sums: dict[str, _Sum], tenant: str, amount: float, now: float) -> None:
         sums.setdefault(tenant, _Sum()).add(amount / self.weights.get(tenant, 1.0), now)
@@ -70,6 +75,11 @@ class ServiceRecord:
             found.append(total / window)
         return found
 
+    def level(self, tenant: str) -> float:
+        """Service of a tenant so far."""
+        found = self._service.get(tenant)
+        return found.totals[-1] if found is not None else 0.0
+
     @staticmethod
     def _between(sums: dict[str, _Sum], tenant: str, start: float, end: float) -> float:
         found = sums.get(tenant)
@@ -96,6 +106,28 @@ class _Sum:
         return self.totals[index - 1] if index else 0.0
 
 
+class Spread:
+    """The accumulated service difference of VTC (OSDI '24): how much more service, by weight,
+    one of two tenants received than the other over a time in which both waited.
+
+    Attributes:
+        most: Of all such times and tenants.
+    """
+
+    def __init__(self) -> None:
+        self.most = 0.0
+        self._extremes: dict[tuple[str, str], tuple[float, float]] = {}
+
+    def look(self, waiting: Mapping[str, float]) -> None:
+        """These tenants wait now, and have received so much in all; called after each step."""
+        old, self._extremes = self._extremes, {}
+        for pair in itertools.combinations(sorted(waiting), 2):
+            ahead = waiting[pair[0]] - waiting[pair[1]]
+            low, high = old.get(pair, (ahead, ahead))
+            self._extremes[pair] = low, high = min(low, ahead), max(high, ahead)
+            self.most = max(self.most, high - low)
+
+
 class WatchedCounters(LeasedCounters):
     """The counters of an instance that stands alone, for whoever wants those of one in a
     cluster; keeps a record.
@@ -109,12 +141,14 @@ class WatchedCounters(LeasedCounters):
     Attributes:
         record: Of all that was charged.
         gap: How far apart the counters of two tenants that waited were at most.
+        spread: How much more service one of them received than the other.
     """
 
     def __init__(self, weights: Mapping[str, float], clock: Clock, blind: bool = False) -> None:
         super().__init__(weights)
         self.record = ServiceRecord(weights)
         self.gap = 0.0
+        self.spread = Spread()
         self._clock = clock
         self._blind = blind
         self._true = TenantCounters(weights)
@@ -138,6 +172,8 @@ class WatchedCounters(LeasedCounters):
 
     def look(self) -> None:
         """Note how far apart the tenants that wait are now."""
-        waiting = self._true.waiting(RequestClass.STANDARD).values()
-        if len(waiting) > 1:
-            self.gap = max(self.gap, max(waiting) - min(waiting))
+        waiting = self._true.waiting(RequestClass.STANDARD)
+        counters = waiting.values()
+        if len(counters) > 1:
+            self.gap = max(self.gap, max(counters) - min(counters))
+        self.spread.look({tenant: self.record.level(tenant) for tenant in waiting})

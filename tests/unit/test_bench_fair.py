@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from bench.fair_instance import targets
 from bench.fair_runs import DROVER, FCFS, FCFS_RESERVED, VTC, Reservations, Run, System
-from bench.service_record import ServiceRecord, WatchedCounters
+from bench.service_record import ServiceRecord, Spread, WatchedCounters
 from cluster.simulation.profile import CopyCost, CostProfile, LinkCost
 from cluster.simulation.workloads.records import Span, WorkloadRequest
 from instance.clock import VirtualClock
@@ -105,6 +105,20 @@ def test_the_gap_is_that_of_tenants_who_wait() -> None:
     assert counters.gap == 30
 
 
+def test_the_spread_is_that_of_times_in_which_both_wait() -> None:
+    spread = Spread()
+    spread.look({"a": 100.0, "b": 0.0})
+    assert spread.most == 0  # what was before does not count
+    spread.look({"a": 100.0, "b": 30.0})
+    spread.look({"a": 150.0, "b": 30.0})
+    assert spread.most == 50
+    spread.look({"b": 30.0, "c": 0.0})
+    spread.look({"a": 900.0, "b": 30.0, "c": 10.0})
+    assert spread.most == 50
+    spread.look({"a": 900.0, "b": 91.0, "c": 10.0})
+    assert spread.most == 61
+
+
 def test_the_blind_see_no_difference_but_the_record_does() -> None:
     counters = WatchedCounters({"a": 1.0, "b": 4.0}, VirtualClock(), blind=True)
     for tenant in "ab":
@@ -141,10 +155,10 @@ def test_a_request_enters_once_all_that_it_may_write_fits() -> None:
     assert len(entered) == 2
     counters.charge(first.account, 32, 32)
     gate.ended(first)
-    gate.admit()
+    gate.stepped()
     assert len(entered) == 2
     gate.ended(entered[1])
-    gate.admit()
+    gate.stepped()
     assert [one.request_id for one in entered] == ["a1", "b1", "b2"]
 
 
@@ -158,7 +172,7 @@ def test_the_blind_reserve_in_the_order_of_arrival() -> None:
     for one in asked:
         assert entered[-1] is one
         gate.ended(one)
-        gate.admit()
+        gate.stepped()
 
 
 # ---- runs
@@ -170,6 +184,31 @@ def overload(seconds: float) -> list[WorkloadRequest]:
         WorkloadRequest(0.1 * number, (Span(f"r{number}", 64),), 64, "a" if number % 3 else "b")
         for number in range(int(10 * seconds))
     ]
+
+
+def test_requests_enter_every_so_many_steps_or_where_nobody_is_inside() -> None:
+    entered: list[str] = []
+    counters = WatchedCounters({}, VirtualClock())
+    gate = Reservations(
+        8, 16, counters, lambda one: entered.append(one.request_id), blind=False, every=3
+    )
+    asked = [sequence(f"r{number}", "a", 16, 16, number) for number in range(4)]
+    gate.submit(asked[0])
+    gate.submit(asked[1])
+    assert entered == ["r0"]
+    gate.stepped()
+    gate.stepped()
+    assert entered == ["r0"]
+    gate.stepped()
+    assert entered == ["r0", "r1"]
+    gate.submit(asked[2])
+    gate.ended(asked[0])
+    gate.stepped()
+    assert entered == ["r0", "r1"]
+    gate.ended(asked[1])
+    gate.stepped()
+    gate.submit(asked[3])
+    assert entered == ["r0", "r1", "r2"]
 
 
 @pytest.mark.parametrize("system", [DROVER, FCFS, VTC, FCFS_RESERVED], ids=lambda one: one.name)
