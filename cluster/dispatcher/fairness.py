@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from cluster.dispatcher.accounts import AccountBook, Gap, Given
 from cluster.dispatcher.tenants import TenantPolicy
 from instance.leases import AccountState, LedgerUpdate, ServiceReport
 from instance.request import Account, RequestClass
@@ -26,81 +26,9 @@ class Source(NamedTuple):
     incarnation: str
 
 
-class Gap(NamedTuple):
-    """How far apart the waiting tenants of a class are.
-
-    Attributes:
-        gap: Greatest less least counter of the accounts that wait.
-        bound: What the gap may not exceed (G).
-        tenants: Number of accounts that wait.
-    """
-
-    gap: float
-    bound: float
-    tenants: int
-
-
-@dataclass(slots=True)
-class AccountBook:
-    """One account.
-
-    Attributes:
-        counter: Service by weight, with lifts; never decreases.
-        service: What was charged in this life of the ledger, and before as far as restored.
-        lifted: Sum of its lifts, by weight.
-        changed: Version of the ledger at which it changed last.
-        waiting: Ids of its requests that wait anywhere in the cluster.
-        idle_since: When it was charged or waited last.
-    """
-
-    counter: float = 0.0
-    service: float = 0.0
-    lifted: float = 0.0
-    changed: int = 0
-    waiting: set[str] = field(default_factory=set)
-    idle_since: float = 0.0
-
-
 LEAST_LEASE = 32.0
 """Service by weight that an instance may always charge unreported: a small theta, or many
 instances, must not have every step reported."""
-_PEAK_MEMORY = 30.0
-"""Seconds over which a larger theta of the past is forgotten."""
-
-
-@dataclass(slots=True)
-class _Given:
-    """Service that one source gave.
-
-    Attributes:
-        applied: Sums that the counters contain; before the first report, those that the
-            restored counters contained.
-        reported: Its own sums.
-        homes: What gateways got from it, by gateway.
-        known: Version of the ledger that it last said to have.
-        ready: The counters it works with are in the ledger, so it may be sent another.
-        ended: When it was found gone; None while it lives.
-        peak: The largest theta of late: a gap that it allowed is evened out in time only.
-        seen: When ``peak`` was taken.
-    """
-
-    applied: dict[Account, float] = field(default_factory=dict)
-    reported: dict[Account, float] = field(default_factory=dict)
-    homes: dict[str, dict[Account, float]] = field(default_factory=dict)
-    system: int = 0
-    theta: float = 0.0
-    increment: float = 0.0
-    known: int = 0
-    ready: bool = False
-    ended: float | None = None
-    peak: float = 0.0
-    seen: float = 0.0
-
-    def see(self, theta: float, increment: float, now: float) -> None:
-        """Take over what the newest report says."""
-        self.theta, self.increment = theta, increment
-        past = self.peak * math.exp((self.seen - now) / _PEAK_MEMORY)
-        self.peak, self.seen = max(theta, past), now
 
 
 class FairnessLedger:
@@ -133,7 +61,7 @@ class FairnessLedger:
         self.lease_reports = 0
         self._first = version
         self._base = 0
-        self._given: dict[Source, _Given] = {}
+        self._given: dict[Source, Given] = {}
         self._last_waited: dict[RequestClass, Account] = {}
 
     # ---- tenants
@@ -214,7 +142,7 @@ class FairnessLedger:
             Whether the source's copy of the ledger is wanted: it works with one that this
             ledger does not come from, so that its service cannot be told apart yet.
         """
-        given = self._given.setdefault(source, _Given())
+        given = self._given.setdefault(source, Given())
         self.lease_reports += report.leased
         # The sums only grow, so of several reports the greatest is the newest.
         for account, charged in report.charged:
@@ -246,7 +174,7 @@ class FairnessLedger:
             sums[account] = max(service, sums.get(account, 0.0))
         self._apply(given, now)
 
-    def _apply(self, given: _Given, now: float) -> None:
+    def _apply(self, given: Given, now: float) -> None:
         totals = dict(given.reported)
         seen: dict[Account, float] = {}
         for sums in given.homes.values():
@@ -374,7 +302,7 @@ class FairnessLedger:
         given = self._given.get(source)
         return math.inf if given is None else given.theta
 
-    def _live(self) -> list[_Given]:
+    def _live(self) -> list[Given]:
         return [
             given for given in self._given.values() if given.ended is None and given.increment > 0
         ]
@@ -391,7 +319,7 @@ class FairnessLedger:
             return
         if copy.version > self._base:
             self._rebase(copy, now)
-        given = self._given.setdefault(source, _Given())
+        given = self._given.setdefault(source, Given())
         if given.ready:
             return
         given.ready = True
@@ -466,7 +394,7 @@ class FairnessLedger:
         if not self._base < version < self._first:
             return
         for instance_id, incarnation, tenant, name, applied in state["applied"]:
-            given = self._given.setdefault(Source(instance_id, incarnation), _Given())
+            given = self._given.setdefault(Source(instance_id, incarnation), Given())
             account = tenant, RequestClass[name.upper()]
             given.applied[account] = max(float(applied), given.applied.get(account, 0.0))
         self._rebase(copy, now)

@@ -14,7 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
-from cluster.gateway import schemas
+from cluster.gateway import admin_bodies, schemas
 from cluster.gateway.api import OpenAIApi, json_response
 from cluster.gateway.auth import AdminKey
 from cluster.gateway.config import GatewayConfig
@@ -188,7 +188,7 @@ class OperatorApi:
 
     async def set_tenant(self, http: HttpRequest) -> Response:
         """Change a tenant's weight or limits; answers with what holds now."""
-        changes = _changes(schemas.validate(schemas.TenantBody, await _object(http)))
+        changes = _changes(schemas.validate(admin_bodies.TenantBody, await _object(http)))
         tenant = http.path_params["tenant"]
         return json_response(await self._dispatcher("set_tenant", tenant, changes, _who(http)))
 
@@ -198,7 +198,7 @@ class OperatorApi:
 
     async def set_policies(self, http: HttpRequest) -> Response:
         """Change policies; with ``dry_run`` only say what would have been decided."""
-        body = schemas.validate(schemas.PoliciesBody, await _object(http))
+        body = schemas.validate(admin_bodies.PoliciesBody, await _object(http))
         changes = _changes(body, "dry_run")
         return json_response(
             await self._dispatcher("set_policies", changes, body.dry_run, _who(http))
@@ -206,13 +206,13 @@ class OperatorApi:
 
     async def set_role(self, http: HttpRequest) -> Response:
         """Change what an instance is for."""
-        body = schemas.validate(schemas.RoleBody, await _object(http))
+        body = schemas.validate(admin_bodies.RoleBody, await _object(http))
         await self._dispatcher("set_role", body.instance_id, body.role)
         return json_response({"instance_id": body.instance_id, "role": body.role})
 
     async def migrate(self, http: HttpRequest) -> Response:
         """Move a request; answers when the attempt has ended, whatever its outcome."""
-        body = schemas.validate(schemas.MigrateBody, await _object(http))
+        body = schemas.validate(admin_bodies.MigrateBody, await _object(http))
         try:
             report = await self._dispatcher("migrate", body.request_id, body.destination or None)
         except ApiError as error:
@@ -223,13 +223,13 @@ class OperatorApi:
 
     async def drain(self, http: HttpRequest) -> Response:
         """Move everything off an instance, and give it nothing new."""
-        body = schemas.validate(schemas.DrainBody, await _object(http))
+        body = schemas.validate(admin_bodies.DrainBody, await _object(http))
         await self._dispatcher("drain", body.instance_id, body.until_restart)
         return json_response({"instance_id": body.instance_id, "state": "draining"})
 
     async def resume(self, http: HttpRequest) -> Response:
         """End a drain."""
-        body = schemas.validate(schemas.InstanceBody, await _object(http))
+        body = schemas.validate(admin_bodies.InstanceBody, await _object(http))
         await self._dispatcher("resume", body.instance_id)
         return json_response({"instance_id": body.instance_id, "state": "ready"})
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from cluster.dispatcher.messages import ClusterView, Placement, PlaceRequest
 from cluster.gateway.dispatching import Placer
-from cluster.gateway.home import (
+from cluster.gateway.home import Home
+from cluster.gateway.home_actions import (
     Deliver,
     Held,
-    Home,
     HomeAction,
     Peer,
     Place,

@@ -6,7 +6,7 @@ tenants' service is made whole from their sums.
 
 from __future__ import annotations
 
-from cluster.gateway.home import Peer
+from cluster.gateway.home_actions import Peer
 from instance.fairness import service
 from instance.request import Account
 

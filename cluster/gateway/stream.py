@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from cluster.gateway.home import Deliver, Home
+from cluster.gateway.home import Home
+from cluster.gateway.home_actions import Deliver
 from instance.request import FinishReason, Request, TokenLogprobs
 
 

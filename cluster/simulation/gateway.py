@@ -11,9 +11,9 @@ from typing import Any, Protocol
 from cluster.dispatcher.events import Served
 from cluster.dispatcher.messages import Placement, PlaceRequest, Refusal
 from cluster.gateway.dispatching import ASK_AGAIN
-from cluster.gateway.home import (
+from cluster.gateway.home import Home
+from cluster.gateway.home_actions import (
     Deliver,
-    Home,
     HomeAction,
     Peer,
     Place,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cluster.gateway.home import (
+from cluster.gateway.home_actions import (
     Deliver,
     HomeAction,
     Peer,

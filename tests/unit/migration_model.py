@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cluster.gateway.home import Held, Peer
+from cluster.gateway.home_actions import Held, Peer
 from instance.config import MigrationConfig
 from instance.migration import messages as m
 from instance.migration.destination import DestinationMigration

@@ -7,10 +7,8 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.gateway.home import (
-    Home,
-    Peer,
-)
+from cluster.gateway.home import Home
+from cluster.gateway.home_actions import Peer
 from instance.migration import messages as m
 from instance.migration.destination import DestinationMigration
 from instance.migration.source import SourceMigration

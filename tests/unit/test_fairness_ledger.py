@@ -16,7 +16,7 @@ from cluster.dispatcher.events import FetchLedger, Joined, LedgerCopied, Reporte
 from cluster.dispatcher.fairness import LEAST_LEASE, FairnessLedger, Source
 from cluster.dispatcher.tenants import TenantPolicy, policy_from_json, policy_to_json
 from cluster.flags import ConfigError
-from cluster.gateway.home import Peer
+from cluster.gateway.home_actions import Peer
 from cluster.gateway.served import ServedService
 from cluster.tenant_file import load_tenants
 from instance.fairness import service

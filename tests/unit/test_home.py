@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.gateway.home import (
+from cluster.gateway.home import Home
+from cluster.gateway.home_actions import (
     Deliver,
     Held,
-    Home,
     HomeAction,
     Peer,
     Place,

@@ -46,6 +46,7 @@ INSTANCE_CORES = (
 )
 GATEWAY_CORES = (
     "cluster/gateway/home.py",
+    "cluster/gateway/home_actions.py",
     "cluster/gateway/served.py",
     "cluster/gateway/stop_strings.py",
 )
@@ -56,7 +57,15 @@ SIMULATION_CORES = (
     "cluster/simulation/profile_fit.py",
 )
 CORE_FOLDERS = ("instance/kv", "cluster/dispatcher", "cluster/simulation/workloads")
-SHELLS = {"copier.py", "actor.py", "operators.py", "sources.py", "store.py", "__init__.py"}
+SHELLS = {
+    "copier.py",
+    "actor.py",
+    "operators.py",
+    "sources.py",
+    "catalogue.py",
+    "store.py",
+    "__init__.py",
+}
 """Modules of the core folders that do I/O."""
 
 PURE = {

@@ -11,8 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import instance.figures
 from cluster.dispatcher import core as dispatcher_core
+from cluster.dispatcher.accounts import AccountBook
 from cluster.dispatcher.events import Finished, MigrationRequested
-from cluster.dispatcher.fairness import AccountBook
 from cluster.dispatcher.figures import (
     COUNTERS,
     LABELS,

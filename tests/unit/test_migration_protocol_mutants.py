@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from cluster.gateway.home import Held, Home, HomeAction, OwnedRequest, Peer, SendSubmit
+from cluster.gateway.home import Home, OwnedRequest
+from cluster.gateway.home_actions import Held, HomeAction, Peer, SendSubmit
 from instance.migration import messages as m
 from instance.migration.destination import DestinationMigration, DestinationState
 from instance.migration.source import SourceMigration, SourceState

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from cluster.simulation.workloads import readers
+from cluster.simulation.workloads.catalogue import SOURCES
 from cluster.simulation.workloads.clients import client_requests, read_clients
 from cluster.simulation.workloads.records import Span, WorkloadError, WorkloadRequest, prompt_ids
-from cluster.simulation.workloads.sources import SOURCES, describe_sources, load_workload
+from cluster.simulation.workloads.sources import describe_sources, load_workload
 from cluster.simulation.workloads.transform import longest, mean_rate
 from instance.request import RequestClass
 
