@@ -70,6 +70,7 @@ class SimulatedInstance:
         record: InstanceRecord,
         role: Role = Role.MIXED,
         jumps: bool = True,
+        counters: LeasedCounters | None = None,
     ) -> None:
         self.info = info
         self.config = config
@@ -79,7 +80,7 @@ class SimulatedInstance:
         self.role = role
         self.link = device.link
         self.block_bytes = device.block_bytes
-        self.counters = LeasedCounters()
+        self.counters = counters or LeasedCounters()
         self.engine = SimulatedEngine(
             device.executor,
             config,

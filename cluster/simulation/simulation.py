@@ -19,6 +19,7 @@ from cluster.simulation.records import InstanceRecord, RequestRecord
 from cluster.simulation.workloads.records import WorkloadRequest
 from instance.clock import VirtualClock
 from instance.config import EngineConfig
+from instance.leases import LeasedCounters
 from instance.load import InstanceInfo, LoadReport, MigrationReport
 from instance.migration.messages import Claim
 from instance.request import FinishReason
@@ -56,6 +57,7 @@ class Scenario:
         policies: Placement policies besides those of the registry, by name.
         jumps: Account for steps together where nothing but decoding can happen; the outcome
             is the same without.
+        counters: Makes the share of the ledger of an instance that starts.
     """
 
     devices: tuple[DeviceMaker, ...]
@@ -68,6 +70,7 @@ class Scenario:
     start_seconds: float = 60.0
     policies: Mapping[str, NamedPolicy] = field(default_factory=dict)
     jumps: bool = True
+    counters: Callable[[], LeasedCounters] = LeasedCounters
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +258,7 @@ class Simulation:
             self.gateway.requests,
             record,
             jumps=scenario.jumps,
+            counters=scenario.counters(),
         )
         self.instances[name] = instance
         self.gateway.connect(instance)
