@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from instance.model.context import AttentionOptions
 from instance.model.cuda.attention_kernels import attend_kernel, combine_kernel, store_kernel
 from instance.model.cuda.sizing import (
     MIN_TILE,
+    Ints,
     Tiles,
     attention_tiles,
     num_splits,
@@ -29,15 +29,15 @@ INTERPRETED = (132, 227 << 10)
 
 @dataclass(slots=True)
 class AttentionStep:
-    """What the kernels read of a step; all on the pool's device.
+    """What the kernels read of a step: integers of any width, on the pool's device.
 
     Attributes:
-        slots: [T] int64, where K and V go.
-        tables: [R, W] int32 block ids.
-        context_lens: [R] int32.
-        query_starts: [R + 1] int32.
+        slots: [T], where K and V go.
+        tables: [R, W] block ids.
+        context_lens: [R]; 0 is padding.
+        query_starts: [R + 1].
         num_decodes: Leading rows of one position.
-        items: [items, 2] int32 of ``prefill_items``; None if there is no other row.
+        items: [items, 2] of ``prefill_items``; None if there is no other row.
     """
 
     slots: Tensor
@@ -111,21 +111,20 @@ class TritonAttention:
 
     def prepare(self, batch: StepBatch) -> None:
         """Take up a step; its layers follow."""
-        device = self._partial.device
-
-        def ints(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(values.astype(np.int32)).to(device)
-
         decodes = batch.num_decodes
         items = prefill_items(batch.query_starts, decodes, self.block_q)
+
+        def ours(values: Ints) -> Tensor:
+            return torch.from_numpy(values).to(self._partial.device)
+
         self.use(
             AttentionStep(
-                slots=torch.from_numpy(batch.slots).to(device),
-                tables=ints(batch.block_tables),
-                context_lens=ints(batch.context_lens),
-                query_starts=ints(batch.query_starts),
+                slots=ours(batch.slots),
+                tables=ours(batch.block_tables),
+                context_lens=ours(batch.context_lens),
+                query_starts=ours(batch.query_starts),
                 num_decodes=decodes,
-                items=ints(items) if len(items) else None,
+                items=ours(items) if len(items) else None,
             )
         )
 

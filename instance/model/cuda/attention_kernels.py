@@ -118,14 +118,14 @@ def attend_kernel(
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     if SPLITS == 1:
-        row = tl.load(items + 2 * tl.program_id(0))
-        first = tl.load(items + 2 * tl.program_id(0) + 1)
+        row = tl.load(items + 2 * tl.program_id(0)).to(tl.int32)
+        first = tl.load(items + 2 * tl.program_id(0) + 1).to(tl.int32)
     else:
         row = tl.program_id(0)
         first = 0
-    begin = tl.load(query_starts + row)
-    count = tl.load(query_starts + row + 1) - begin
-    context = tl.load(context_lens + row)
+    begin = tl.load(query_starts + row).to(tl.int32)
+    count = tl.load(query_starts + row + 1).to(tl.int32) - begin
+    context = tl.load(context_lens + row).to(tl.int32)
 
     lane = tl.arange(0, BLOCK_M)
     in_row = first + lane // GROUP
