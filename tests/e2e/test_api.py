@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.e2e.serving import Cluster, serve
-from tests.integration.models import make_tiny_model
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -18,12 +18,9 @@ LONG = 1200
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = make_tiny_model(
-        tmp_path_factory.mktemp("model") / "tiny-llama", "llama", max_len=4096, layers=4
-    )
+def cluster(tiny_llama: Path) -> Iterator[Cluster]:
     with serve(
-        folder,
+        tiny_llama,
         "--instances", "2",
         "--dtype", "float64",
         "--served-model-name", "tiny",

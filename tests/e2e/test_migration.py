@@ -24,12 +24,9 @@ LONG = 700
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = make_tiny_model(
-        tmp_path_factory.mktemp("model") / "tiny-llama", "llama", max_len=4096, layers=4
-    )
+def cluster(tiny_llama: Path) -> Iterator[Cluster]:
     with serve(
-        folder,
+        tiny_llama,
         "--instances", "2",
         "--dtype", "float64",
         "--served-model-name", "tiny",

@@ -6,6 +6,7 @@ import contextlib
 import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -13,7 +14,6 @@ import psutil
 import pytest
 
 from tests.e2e.serving import Cluster, serve, stream_text
-from tests.integration.models import make_tiny_model
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -26,12 +26,9 @@ GPUS = 2
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = make_tiny_model(
-        tmp_path_factory.mktemp("model") / "tiny-llama", "llama", max_len=4096, layers=4
-    )
+def cluster(tiny_llama: Path) -> Iterator[Cluster]:
     with serve(
-        folder,
+        tiny_llama,
         "--instances", "1",
         "--max-instances", "3",
         "--device", "cuda",

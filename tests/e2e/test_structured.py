@@ -7,6 +7,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -14,7 +15,6 @@ import openai
 import pytest
 
 from tests.e2e.serving import Cluster, serve, stream_text
-from tests.integration.models import make_tiny_model
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -44,12 +44,9 @@ FORMAT = {"type": "json_schema", "json_schema": {"name": "herd", "schema": SCHEM
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = make_tiny_model(
-        tmp_path_factory.mktemp("model") / "tiny-llama", "llama", max_len=4096, layers=4
-    )
+def cluster(tiny_llama: Path) -> Iterator[Cluster]:
     with serve(
-        folder,
+        tiny_llama,
         "--instances", "2",
         "--dtype", "float64",
         "--served-model-name", "tiny",

@@ -16,7 +16,6 @@ import pytest
 
 from cluster.ray_setup import free_port, short_temp_dir
 from tests.e2e.serving import process_tree, serve, stream_text
-from tests.integration.models import make_tiny_model
 
 pytestmark = pytest.mark.timeout(300)
 WAIT_FOR_NODES = """
@@ -75,10 +74,9 @@ def ray_address() -> Iterator[str]:
         subprocess.run(["rm", "-rf", folder], check=True)
 
 
-def test_a_request_moves_from_node_to_node(ray_address: str, tmp_path: Path) -> None:
-    folder = make_tiny_model(tmp_path / "tiny", "llama", max_len=4096, layers=4)
+def test_a_request_moves_from_node_to_node(ray_address: str, tiny_llama: Path) -> None:
     with serve(
-        folder,
+        tiny_llama,
         "--address", ray_address,
         "--instances", "2",
         "--dtype", "float64",
