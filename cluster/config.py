@@ -160,7 +160,7 @@ class ServeConfig:
         "", string, "FILE", _SCHEDULING, "file of tenants' weights, classes and queue limits"
     )
     run_ahead: int = setting(
-        4,
+        1,
         integer(-1),
         "N",
         _SCHEDULING,

@@ -226,10 +226,12 @@ class Members:
     def update_version(self, now: float) -> None:
         """Count up if membership or a state has changed."""
         states = self.table.states(now)
+        if states is self._states and not self._renewed:
+            return
         if self._renewed or not np.array_equal(states, self._states):
-            self._states = states
             self._renewed = False
             self.version += 1
+        self._states = states
 
     def cluster_view(self, now: float) -> ClusterView:
         """Membership and load as gateways and operators see them."""

@@ -33,16 +33,16 @@ _AFFINITY_OCCUPANCY = 0.9
 
 
 def freeness(request: PlaceRequest, candidates: Candidates, rng: Uniform) -> LoadView:
-    """The highest freeness (Llumnix, section 4.4) less the cost of the prefix it lacks.
+    """The least predicted loss of time, by freeness (Llumnix, section 4.4) and prompts.
 
-    A block of prompt that must be computed costs what a block of KV does, on an instance
-    of median speed, and more on a slower one.
+    A request loses by memory that runs short, by prompts that are computed before it, and
+    where it must compute blocks of its prompt that another instance holds.
     """
-    score = candidates.freeness
+    lost = candidates.memory_seconds + candidates.prompt_seconds
     if candidates.cached.any():
         missing = candidates.cached.max() - candidates.cached
-        score = score - missing / candidates.speed
-    return candidates.best(score)
+        lost = lost + missing * candidates.block_prompt_seconds
+    return candidates.best(-lost)
 
 
 def prefix(request: PlaceRequest, candidates: Candidates, rng: Uniform) -> LoadView:

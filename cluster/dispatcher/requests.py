@@ -42,7 +42,7 @@ class RequestConfig:
         default_tenant: The same for those not named.
     """
 
-    run_ahead: int | None = 4
+    run_ahead: int | None = 1
     max_queued: int = 4096
     hold_timeout: float = 5.0
     replay_hold_timeout: float = 20.0

@@ -9,6 +9,7 @@ James-Stein estimator, with the variance between instances by the method of mome
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ REFERENCE = StepShape(
 ALIKE, MOST = 1.25, 8.0
 """Factors of speed: those within the first count as equally fast, and none counts for more
 than the second."""
+PROMPT_PACE = 2e-4
+"""Seconds per position of a prompt before any was measured."""
 _DOUBT = math.log(2.0) ** 2
 """Variance of the logarithm of a single figure, before anything is known of how it varies."""
 _RECENT = 1 / 64
@@ -70,6 +73,11 @@ class Speeds:
         """An instance is gone, or started anew."""
         self._figures.pop(number, None)
         self._last.pop(number, None)
+
+    def prompt_pace(self) -> float:
+        """Seconds that a position of a prompt adds to a step: the median of what is known."""
+        paces = [one.prefill for one in self._last.values() if one.prefill > 0]
+        return statistics.median(paces) if paces else PROMPT_PACE
 
     def relative(self) -> Mapping[int, float]:
         """By instance its speed over the median one's; those not named are not told apart."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cluster.dispatcher.load import Book, InstanceLoad, LoadConfig
 from cluster.dispatcher.messages import PlaceRequest
+from cluster.dispatcher.predicted import block_seconds, memory_seconds
 from cluster.dispatcher.speeds import Speeds
 from cluster.dispatcher.views import InstanceState, LoadView
 from instance.load import Role
@@ -30,6 +31,8 @@ STATES = (
     InstanceState.DRAINING,
 )
 _GONE, _READY, _SUSPECT, _DRAINING = range(4)
+_ROUNDING = 1e-6
+"""Seconds by which a sum of times may be off."""
 _STALE_WEIGHT = 0.5
 """What is left of a freeness whose report is about to make its instance suspect."""
 
@@ -82,10 +85,17 @@ class LoadTable:
         self.slack = np.zeros(size, np.int64)
         self.headroom = np.zeros(size, np.int64)
         self.backlog = np.zeros(size, np.int64)
+        self.total = np.zeros(size)
+        self.block_size = np.zeros(size, np.int64)
+        self.block_seconds = np.zeros(size)
+        self.prompts_ahead = np.zeros(size, np.int64)
         self._speeds = Speeds()
         self._speed: Floats | None = None
         self._uniform = True
+        self._prompt_pace = 0.0
         self._open: _Open | None = None
+        self._states: NDArray[np.int8] | None = None
+        self._states_until = -math.inf
 
     @property
     def size(self) -> int:
@@ -115,7 +125,7 @@ class LoadTable:
         self.alive[row] = False
         self.heard[row] = -math.inf
         self._vacant.append(row)
-        self._open = None
+        self._open = self._states = None
         self._forget_speed(row)
         return row
 
@@ -131,7 +141,7 @@ class LoadTable:
             if isinstance(column, np.ndarray):
                 more = np.zeros_like(column)
                 setattr(self, name, np.concatenate((column, more)))
-        self._speed = None
+        self._speed = self._states = None
 
     def refresh(self, now: float) -> None:
         """Write the rows of the loads that changed."""
@@ -149,12 +159,16 @@ class LoadTable:
         facts = not load.left, load.drains, view.role is not Role.DECODE, number, view.total
         if facts != self._facts.get(row) or now - self.heard[row] > self._config.suspect_after:
             self._facts[row] = facts
-            self._open = None
+            self._open = self._states = None
             self.alive[row], self.draining[row], self.prompts[row], self.model[row], _ = facts
             self.capacity[row] = view.total * model.block_size
         self.heard[row] = load.heard
         self.freeness[row] = view.placement_freeness()
         self.occupancy[row] = view.occupancy
+        self.total[row] = view.total
+        self.block_size[row] = model.block_size
+        self.block_seconds[row] = block_seconds(view)
+        self.prompts_ahead[row] = view.backlog
         self.requests[row] = view.num_requests
         self.turn[row] = view.last_placed
         self.slack[row], self.backlog[row] = load.room(view)
@@ -167,16 +181,32 @@ class LoadTable:
         self._speed = None
 
     def states(self, now: float) -> NDArray[np.int8]:
-        """Per row the index in ``STATES``; of a vacant row GONE."""
+        """Per row the index in ``STATES``; of a vacant row GONE.
+
+        The same array until a state may have changed: a fact about an instance has, or one of
+        them has been silent for long.
+        """
         self.refresh(now)
+        if self._states is None or now >= self._states_until:
+            self._states = self._find_states(now)
+        return self._states
+
+    def _find_states(self, now: float) -> NDArray[np.int8]:
+        suspect, gone = self._config.suspect_after, self._config.gone_after
         silent = now - self.heard
+        # What counts is when silence exceeds a limit: a little before, in rounded seconds.
+        left = [limit - silent[self.alive & (silent <= limit)] for limit in (suspect, gone)]
+        self._states_until = now + min(
+            (float(one.min()) for one in left if len(one)), default=math.inf
+        )
+        self._states_until -= _ROUNDING
         return np.where(
-            ~self.alive | (silent > self._config.gone_after),
+            ~self.alive | (silent > gone),
             np.int8(_GONE),
             np.where(
                 self.draining,
                 np.int8(_DRAINING),
-                np.where(silent > self._config.suspect_after, np.int8(_SUSPECT), np.int8(_READY)),
+                np.where(silent > suspect, np.int8(_SUSPECT), np.int8(_READY)),
             ),
         )
 
@@ -207,7 +237,13 @@ class LoadTable:
             self._speed = np.ones(self.size)
             self._speed[list(found)] = list(found.values())
             self._uniform = not found
+            self._prompt_pace = self._speeds.prompt_pace()
         return self._speed
+
+    def prompt_pace(self) -> float:
+        """Seconds that a position of a prompt takes on the median instance."""
+        self.speed()
+        return self._prompt_pace
 
     @property
     def uniform(self) -> bool:
@@ -346,9 +382,31 @@ class Candidates(Sequence[LoadView]):
         return free
 
     @property
-    def speed(self) -> Floats:
-        """[n] speed relative to the median instance; 1 where they do not differ."""
-        return self._table.speed()[self.rows]
+    def memory_seconds(self) -> Floats:
+        """[n] seconds that a request is expected to lose by want of memory.
+
+        The duration of a step is taken to be the cluster's: a short one would make an
+        instance look the fuller, whose KV is given back the sooner.
+        """
+        table = self._table
+        half = len(self.rows) // 2
+        seconds = float(np.partition(table.block_seconds[self.rows], half)[half])
+        return memory_seconds(self.freeness, seconds, table.total[self.rows])
+
+    @property
+    def prompt_seconds(self) -> Floats:
+        """[n] seconds until the prompts that are there, or on their way, are computed."""
+        return self._table.prompts_ahead[self.rows] * self._token_seconds
+
+    @property
+    def block_prompt_seconds(self) -> Floats:
+        """[n] seconds that a block of prompt takes to compute."""
+        return self._table.block_size[self.rows] * self._token_seconds
+
+    @property
+    def _token_seconds(self) -> Floats:
+        """[n] seconds that a position of a prompt takes: the cluster's figure, by speed."""
+        return self._table.prompt_pace() / self._table.speed()[self.rows]
 
     @property
     def occupancy(self) -> Floats:

@@ -1,4 +1,4 @@
-"""The bench of policies: runs that are there are not run again, and ratios are ours over theirs."""
+"""The bench of policies: its runs, the cells that count, and ratios of ours over theirs."""
 
 from __future__ import annotations
 
@@ -12,29 +12,32 @@ from bench import campaign
 from bench import llumnix_policies as bench
 
 
-def result(run: bench.Run, **figures: float) -> dict[str, Any]:
+def run(policy: str, seed: int = 1, share: float = 0.8, workload: str = "m-m") -> bench.Run:
+    return bench.Run(workload, share, policy, seed, 6, 1, 3.0 * (policy == "Llumnix"))
+
+
+def result(one: bench.Run, **figures: float) -> dict[str, Any]:
     return {
-        "run": {"workload": run.workload, "rate": run.rate, "policy": run.policy},
+        "run": {
+            "workload": one.workload,
+            "share": one.share,
+            "policy": one.policy,
+            "seed": one.seed,
+            "threshold": one.threshold,
+        },
         "figures": dict.fromkeys(bench.FIGURES, 1.0) | figures,
     }
 
 
-def run(policy: str, seed: int = 1, rate: float = 8.0) -> bench.Run:
-    return bench.Run("llumnix-m-m", rate, policy, seed, 6, 1)
-
-
 def test_each_run_has_a_file_of_its_own() -> None:
     runs = [
-        run(policy, seed, rate) for policy in bench.POLICIES for seed in (1, 2) for rate in (1, 2)
+        run(policy, seed, share)
+        for policy in bench.POLICIES
+        for seed in (1, 2)
+        for share in (0.5, 0.9)
     ]
+    runs.append(bench.Run("m-m", 0.5, "Llumnix", 1, 6, 1, 10.0))
     assert len({one.file_name for one in runs}) == len(runs)
-
-
-def test_a_run_that_is_there_is_read(tmp_path: Path) -> None:
-    runs = [run(policy) for policy in bench.POLICIES]
-    for number, one in enumerate(runs):
-        (tmp_path / one.file_name).write_text(json.dumps({"number": number}))
-    assert campaign.run_all(runs, tmp_path, 1) == [{"number": number} for number in range(4)]
 
 
 def test_a_run_gives_every_figure(tmp_path: Path) -> None:
@@ -46,20 +49,53 @@ def test_a_run_gives_every_figure(tmp_path: Path) -> None:
         assert found["lost_tokens"] == 0
 
 
-def test_cells_are_medians_and_ratios_geometric_means() -> None:
+def test_the_saturating_rate_grows_with_the_cluster_and_falls_with_lengths() -> None:
+    assert bench.saturating_rate("m-m", 8) == pytest.approx(2 * bench.saturating_rate("m-m", 4))
+    short, medium, long = (bench.saturating_rate(one, 16) for one in ("s-s", "m-m", "l-l"))
+    assert short > medium > long
+    # The published experiment went up to these rates.
+    assert 32 < short < 60
+    assert 6 < medium < 12
+    assert 2.5 < long < 5
+
+
+def test_only_cells_count_in_which_the_baseline_waits() -> None:
     results = [
-        result(run(policy, seed, rate), **{"TTFT P99": value * seed})
-        for rate, values in (
-            (8.0, {"ours": 1.0, "Llumnix": 2.0}),
-            (9.0, {"ours": 8.0, "Llumnix": 1.0}),
+        result(run("INFaaS++", seed, share), **{"TTFT P99": tail})
+        for share, tail in ((0.75, 2.9), (0.95, 3.1))
+        for seed in (1, 2, 3)
+    ]
+    assert list(bench.loaded(bench.cells_of(results), {"m-m": 1.0})) == [("m-m", 0.95)]
+
+
+def test_ratios_are_paired_by_seed_and_averaged_by_workload() -> None:
+    results = [
+        result(run(policy, seed, workload=workload), **{"TTFT P99": value * seed})
+        for workload, values in (
+            ("m-m", {"ours": 1.0, "Llumnix": 2.0}),
+            ("s-s", {"ours": 8.0, "Llumnix": 1.0}),
         )
         for policy, value in values.items()
         for seed in (1, 2, 3)
     ]
+    results.append(result(run("ours", 4), **{"TTFT P99": 100.0}))
     cells = bench.cells_of(results)
-    assert cells["llumnix-m-m", 8.0]["ours"]["TTFT P99"] == 2.0
-    assert bench.ratio(cells, "TTFT P99", "Llumnix") == pytest.approx(2.0)
-    assert bench.share(cells, "TTFT P99", "Llumnix") == pytest.approx(18 / 6)
+    found = bench.ratios(cells, "TTFT P99", "ours", "Llumnix")
+    assert found == {"m-m": [0.5] * 3, "s-s": [8.0] * 3}
+    assert bench.overall(found) == pytest.approx(2.0)
+    assert bench.worst(found) == pytest.approx(8.0)
+    assert bench.share(cells, "TTFT P99", "ours", "Llumnix") == pytest.approx(154 / 18)
+
+
+def test_the_threshold_of_a_sweep_is_the_one_with_the_shortest_tail(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    results = [
+        result(bench.Run("m-m", 0.8, "Llumnix", 1, 6, 1, one), **{"TTFT P99": abs(one - 9.0)})
+        for one in bench.THRESHOLDS
+    ]
+    bench.show_sweep(results)
+    assert capsys.readouterr().out.splitlines()[-1].split()[-1] == "10"
 
 
 def test_the_quick_form_is_a_part_of_the_same_experiment() -> None:
