@@ -9,6 +9,11 @@ started. Whatever hands KV blocks to a writer outside the step (a reservation fo
 incoming migration, a copy from the host) or takes a sequence out of the batch happens there,
 so that no launched step can still touch those blocks. Copies to and from the host are issued
 there too; steps go on beside them, unless waiting for one is measured to be cheaper.
+
+Where the executor can feed the tokens that a step draws to the next one, that one is launched
+while the step runs, so that the device never waits for the loop. A boundary then comes when
+something asks for one: nothing is launched ahead of a call that waits for it, of copies, or of
+a draw that needs the tokens before it on the host.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ from instance.executor import Executor, KvPool, StepBatch, StepResult
 from instance.fairness import ServiceCounters
 from instance.kv.blocks import BlockPool
 from instance.kv.copies import CopyJob, HostSpace
-from instance.request import FinishReason, Sequence, SequenceStatus, StepPlan
+from instance.request import FinishReason, Row, Sequence, SequenceStatus, StepPlan
 from instance.scheduler import Emission, Scheduler
 
 StepListener = Callable[[list[Emission]], None]
@@ -97,6 +102,8 @@ class Engine:
         self._on_preempted = on_preempted
         self._told_preempted = 0
         self._running: StepPlan | None = None
+        # Launched behind the running one.
+        self._ahead: StepPlan | None = None
         self._planned: StepPlan | None = None
         self._at_boundary: collections.deque[Callable[[], None]] = collections.deque()
         self._emissions: list[Emission] = []
@@ -244,7 +251,27 @@ class Engine:
             self._advancing = False
         self._tell_emissions()
         if self._running is not None:
-            self._planned = self._plan()
+            self._plan_on()
+
+    def _plan_on(self) -> None:
+        """Plan the next step while one runs, and launch it behind that one where possible."""
+        plan = self._planned = self._plan()
+        if self._running is not None and self._may_go_ahead(plan):
+            self._planned, self._ahead = None, plan
+            self._note_returned(plan)
+            batch = StepBatch.build(plan, self.pool.block_size, self._running)
+            self.executor.launch(batch, self._step_ended)
+
+    def _may_go_ahead(self, plan: StepPlan) -> bool:
+        swap = self.scheduler.swap
+        return (
+            self.executor.feeds_back
+            and bool(plan.rows)
+            and not plan.preempted
+            and not self._at_boundary
+            and (swap is None or swap.quiet)
+            and not any(_needs_tokens(row) for row in plan.rows)
+        )
 
     def _launch(self, plan: StepPlan) -> None:
         """Start a plan whose tokens are all known; the simulator's engine has no batch."""
@@ -336,9 +363,12 @@ class Engine:
 
     def _complete(self, result: StepResult | BaseException) -> None:
         plan = self._running
+        if plan is None and self.failed:
+            return  # a step that was launched behind the one that failed
         assert plan is not None
-        self._running = None
+        self._running, self._ahead = self._ahead, None
         if isinstance(result, BaseException):
+            self._running = None
             self.failed = True
             self._on_failure(result)
             return
@@ -352,5 +382,19 @@ class Engine:
         self._emissions.extend(
             self.scheduler.complete(plan, result.tokens.tolist(), result.logprobs, result.errors)
         )
-        self._advancing = True
-        self._advance()
+        if self._running is None:
+            self._advancing = True
+            self._advance()
+            return
+        # What has been released just now may be written by the step that runs already.
+        self._released_since_launch = True
+        self._launched_at = self._clock.now()
+        self._tell_emissions()
+        self._plan_on()
+
+
+def _needs_tokens(row: Row) -> bool:
+    """Its draw depends on a token that is not known yet, besides the one that it computes."""
+    params = row.sequence.request.params
+    restricted = params.penalizes or params.grammar is not None
+    return restricted and row.samples and row.sequence.num_in_flight > 1

@@ -74,6 +74,8 @@ class StepBatch:
         token_counts: For draws with penalties, by index in ``sample_rows``: the distinct
             tokens before the draw, and how often each is in the output.
         grammars: Draws that a grammar restricts, by index in ``sample_rows``.
+        feeds: Tokens that the step launched just before draws: by index in ``token_ids``, the
+            index of the draw there.
     """
 
     number: int
@@ -91,10 +93,17 @@ class StepBatch:
     stop_token_ids: list[frozenset[int]]
     token_counts: dict[int, tuple[Ints, Ints]] = field(default_factory=dict)
     grammars: dict[int, GrammarRow] = field(default_factory=dict)
+    feeds: dict[int, int] = field(default_factory=dict)
 
     @classmethod
-    def build(cls, plan: StepPlan, block_size: int) -> StepBatch:
-        """Lay out a plan whose tokens are all known."""
+    def build(cls, plan: StepPlan, block_size: int, before: StepPlan | None = None) -> StepBatch:
+        """Lay out a plan.
+
+        Args:
+            plan: All its tokens are known, but for those that ``before`` draws.
+            block_size: Tokens per block.
+            before: The plan launched last, if it has not ended.
+        """
         rows = plan.rows
         counts = np.array([row.length for row in rows], dtype=np.int64)
         query_starts = np.zeros(len(rows) + 1, dtype=np.int64)
@@ -104,13 +113,18 @@ class StepBatch:
         width = max(1, int(-(-context_lens.max(initial=0) // block_size)))
         block_tables = np.zeros((len(rows), width), dtype=np.int64)
         token_ids = np.empty(int(query_starts[-1]), dtype=np.int64)
+        drawn = {} if before is None else before.draws()
+        feeds: dict[int, int] = {}
         for index, row in enumerate(rows):
             needed = -(-(row.start + row.length) // block_size)
             block_tables[index, :needed] = row.sequence.block_table[:needed]
             first = query_starts[index]
-            token_ids[first : first + row.length] = row.sequence.tokens[
-                row.start : row.start + row.length
-            ]
+            known = row.sequence.tokens[row.start : row.start + row.length]
+            token_ids[first : first + len(known)] = known
+            if len(known) < row.length:
+                # At most the last one: a step draws one token of a sequence.
+                feeds[int(first) + len(known)] = drawn[row.sequence]
+                token_ids[first + len(known)] = 0
         row_of = np.repeat(np.arange(len(rows)), counts)
         positions = np.arange(len(token_ids)) - np.repeat(query_starts[:-1] - starts, counts)
         slots = block_tables[row_of, positions // block_size] * block_size + positions % block_size
@@ -142,6 +156,7 @@ class StepBatch:
                 for index, i in enumerate(sampled)
                 if (grammar := rows[i].sequence.request.params.grammar) is not None
             },
+            feeds=feeds,
         )
 
 
@@ -242,6 +257,11 @@ class Executor(Protocol):
     @property
     def copier(self) -> Copier | None:
         """Copies KV to host memory and back; None where there is no host pool."""
+
+    @property
+    def feeds_back(self) -> bool:
+        """A step may be launched before the one before it has ended, with tokens that that
+        one draws (``StepBatch.feeds``)."""
 
     def launch(self, batch: StepBatch, done: Callable[[StepResult | BaseException], None]) -> None:
         """Start a step and return at once; ``done`` is called once, from any thread."""

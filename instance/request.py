@@ -351,3 +351,8 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return sum(row.length for row in self.rows)
+
+    def draws(self) -> dict[Sequence, int]:
+        """The sequences for which it draws a token, each with the index of the draw."""
+        drawing = [row.sequence for row in self.rows if row.samples]
+        return {sequence: index for index, sequence in enumerate(drawing)}

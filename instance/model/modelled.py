@@ -34,6 +34,7 @@ class ModelledExecutor:
     """
 
     kv: None = None
+    feeds_back = False
 
     def __init__(
         self,

@@ -40,6 +40,8 @@ class ModelWorker:
         copier: Copies KV to host memory and back; None until a subclass has one.
     """
 
+    feeds_back = False
+
     def __init__(self, model: PreTrainedModel, folder: Path | None, config: EngineConfig) -> None:
         self._model = model
         self._folder = folder
