@@ -17,7 +17,7 @@ cpu
 
 Each run leaves a file in --runs and is not repeated where that is there already.
 
-    python -m bench.context_switch [--quick] [--json PATH] [--runs FOLDER] [--jobs N]
+    python -m bench.context_switch [--quick] [--json PATH] [--runs FOLDER] [--workers N]
         [--seeds N] [--part modelled|cpu|all]
 """
 
@@ -25,26 +25,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import itertools
-import json
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from bench.report import Target, finish, median, parser, print_table
-from bench.switch_load import INTERVAL, LEVELS, PATTERNS, STAY
+from bench import campaign
+from bench.report import Target, finish, median, print_table
+from bench.switch_load import INTERVAL, LEVELS, PATTERNS, SPREAD, STAY
 from bench.switch_runs import Load, run_modelled
 from bench.switch_systems import (
     BLOCKWISE,
     BY_NAME,
     FIRST,
     GROUPED,
+    OWN,
     PLAIN,
     SYSTEMS,
     WHOLE,
@@ -59,6 +57,9 @@ LOAD = Load(sessions=200)
 CPU_LOAD = Load(sessions=6, rate=4.0, scale=1 / 16, max_len=512)
 VARIED_LOAD, VARIED_SEEDS = dataclasses.replace(LOAD, sessions=100), 3
 """Of the sensitivity table: it has two runs a seed for each of its rows."""
+
+SETTINGS = {"interval": INTERVAL, "stay": STAY, "spread": SPREAD, "theta": 0.0}
+"""Of all runs."""
 
 LATENCIES = [f"{name}_p{level:g}" for name in ("ttft", "tbt") for level in LEVELS]
 
@@ -89,10 +90,10 @@ class Run:
     @property
     def file_name(self) -> str:
         """Differs where anything that the outcome depends on does."""
-        told = json.dumps(dataclasses.asdict(self), sort_keys=True, default=str)
-        digest = hashlib.sha256(told.encode()).hexdigest()[:12]
-        name = self.system.replace(" ", "-")
-        return f"{name}-{self.pattern}-{self.seed}-{digest}.json"
+        runs_on = {} if self.profile is None else parameters(self.profile)
+        words = self.system, self.pattern, self.seed
+        told = dataclasses.replace(self, profile=None)
+        return campaign.file_name(words, {**SETTINGS, **runs_on}, told)
 
     def execute(self) -> Result:
         """Do it."""
@@ -104,27 +105,10 @@ class Run:
         return run_cpu(system, self.model, self.num_blocks, self.load, self.pattern, self.seed)
 
 
-def _execute(run: Run, folder: Path) -> Result:
-    path = folder / run.file_name
-    if not path.exists():
-        result = run.execute()
-        partial = path.with_suffix(".part")
-        partial.write_text(json.dumps(result))
-        partial.rename(path)
-        print(f"{path.name} {result['cpu_seconds']:.0f} s", file=sys.stderr, flush=True)
-    found: Result = json.loads(path.read_text())
-    return found
-
-
-def execute(runs: Sequence[Run], folder: Path, jobs: int) -> dict[str, Result]:
-    """Results by file name, of runs in so many processes."""
-    folder.mkdir(parents=True, exist_ok=True)
+def execute(runs: Sequence[Run], folder: Path, workers: int) -> dict[str, Result]:
+    """Results by file name."""
     named = {run.file_name: run for run in runs}
-    if jobs <= 1:
-        return {name: _execute(run, folder) for name, run in named.items()}
-    with ProcessPoolExecutor(jobs) as pool:
-        results = pool.map(_execute, named.values(), [folder] * len(named))
-        return dict(zip(named, results, strict=True))
+    return dict(zip(named, campaign.run_all(named.values(), folder, workers), strict=True))
 
 
 # ---- parameters
@@ -263,12 +247,16 @@ def modelled(options: argparse.Namespace, folder: Path) -> tuple[Result, list[Ta
         for seed in varied_seeds
         for system in (FIRST, WHOLE)
     ]
+    # What the engine does by itself does not depend on the pattern.
+    compared = {
+        pattern: (*SYSTEMS, OWN) if pattern == patterns[0] else SYSTEMS for pattern in patterns
+    }
     first, *others = (
-        [Run(system.name, pattern, seed, load, profile) for seed in seeds for system in SYSTEMS]
-        for pattern in patterns
+        [Run(system.name, pattern, seed, load, profile) for seed in seeds for system in systems]
+        for pattern, systems in compared.items()
     )
     runs = [*first, *varied_runs, *itertools.chain(*others)]
-    found = execute(runs, folder, options.jobs)
+    found = execute(runs, folder, options.workers)
     result: Result = {
         "profile": profile.name,
         "parameters": parameters(profile),
@@ -288,7 +276,7 @@ def modelled(options: argparse.Namespace, folder: Path) -> tuple[Result, list[Ta
             system.name: [
                 found[Run(system.name, pattern, seed, load, profile).file_name] for seed in seeds
             ]
-            for system in SYSTEMS
+            for system in compared[pattern]
         }
         rows = summary(by_system)
         result["patterns"][pattern] = rows
@@ -355,7 +343,7 @@ def cpu(options: argparse.Namespace, folder: Path) -> tuple[Result, list[Target]
     if options.quick:
         load, blocks = dataclasses.replace(load, sessions=4, max_len=160), QUICK_BLOCKS
     pattern, seeds = PATTERNS[0], range(1 if options.quick else options.seeds)
-    systems = (FIRST, WHOLE) if options.quick else tuple(BY_NAME)
+    systems = (FIRST, WHOLE) if options.quick else tuple(system.name for system in SYSTEMS)
     runs = [
         Run(system, pattern, seed, load, None, options.model, blocks)
         for seed in seeds
@@ -386,9 +374,7 @@ def cpu(options: argparse.Namespace, folder: Path) -> tuple[Result, list[Target]
 
 def main() -> int:
     """Run the experiment, print its result, answer with the verdict."""
-    arguments = parser(__doc__ or "")
-    arguments.add_argument("--runs", type=Path, help="keep a file of each run here, and resume")
-    arguments.add_argument("--jobs", type=int, default=2, help="processes of the modelled part")
+    arguments = campaign.options(__doc__ or "", "context_switch")
     arguments.add_argument("--seeds", type=int, default=5)
     arguments.add_argument("--part", choices=("modelled", "cpu", "all"), default="all")
     arguments.add_argument("--model", default="smollm2", help="of the CPU part")
@@ -396,11 +382,10 @@ def main() -> int:
     parts = {"modelled": modelled, "cpu": cpu}
     result: Result = {}
     targets: list[Target] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for name, part in parts.items():
-            if options.part in (name, "all"):
-                result[name], found = part(options, options.runs or Path(scratch))
-                targets += found
+    for name, part in parts.items():
+        if options.part in (name, "all"):
+            result[name], found = part(options, options.runs)
+            targets += found
     return finish(result, targets, options.json)
 
 

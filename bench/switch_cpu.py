@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from bench.switch_load import Conversations, PriorityTrace
-from bench.switch_runs import Load, Occupancy, figures, scheduling
+from bench.switch_load import Conversations
+from bench.switch_runs import Load, Occupancy, counters, figures, scheduling
 from bench.switch_systems import GranularCopier, System
 from instance.clock import RealClock
 from instance.config import EngineConfig
@@ -67,7 +67,7 @@ async def _run_cpu(
         dtype="float64",
         num_blocks=num_blocks,
         num_threads=os.cpu_count() or 1,
-        scheduler=scheduling(load.max_len),
+        scheduler=scheduling(load.max_len, system),
     )
     if system.swap is not None:
         swap = dataclasses.replace(system.swap, num_blocks=HOST_FACTOR * num_blocks)
@@ -76,7 +76,7 @@ async def _run_cpu(
     try:
         loop, clock = asyncio.get_running_loop(), RealClock()
         ended: asyncio.Future[None] = loop.create_future()
-        priorities = PriorityTrace(pattern, seed)
+        priorities = counters(system, pattern, seed)
 
         def stepped(emissions: list[Emission]) -> None:
             priorities.steps = engine.steps

@@ -7,6 +7,7 @@ and all change every so many steps.
 from __future__ import annotations
 
 import functools
+import math
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 from bench.report import percentile
 from cluster.simulation.workloads.records import WorkloadRequest, prompt_ids
 from instance.clock import Clock
+from instance.leases import LeasedCounters
 from instance.request import Account, Request, SamplingParams
 from instance.request import Sequence as LiveSequence
 from instance.scheduler import Emission
@@ -25,13 +27,16 @@ INTERVAL = 25
 STAY = 0.8
 """Probability that a conversation's priority outlives a change, in the Markov pattern."""
 PATTERNS = ("random", "markov")
+SPREAD = 1e12
+"""Priorities lie between 0 and this. The scheduler adds what it has planned to a counter; beside
+this no step's work changes an order."""
 
 
 class PriorityTrace:
     """Priorities that change with the steps; stands in for tenants' ``ServiceCounters``.
 
-    A conversation is a tenant. Its priority is a number in [0, 1), the smaller the sooner,
-    and depends on seed, name and time alone. "random" draws all anew at each change;
+    A conversation is a tenant. Its priority is a number in [0, ``SPREAD``), the smaller the
+    sooner, and depends on seed, name and time alone. "random" draws all anew at each change;
     "markov" keeps each with probability ``STAY``, so that who was served tends to be served
     on.
 
@@ -60,9 +65,13 @@ class PriorityTrace:
         draw, values = self._drawn[tenant]
         period = self.steps // INTERVAL
         while len(values) <= period:
-            chance, fresh = draw.random(), draw.random()
+            chance, fresh = draw.random(), SPREAD * draw.random()
             values.append(values[-1] if values and chance < self._stay else fresh)
         return values[period]
+
+    def left(self, account: Account) -> float:
+        """Nobody has to be told of charges."""
+        return math.inf
 
     def weight(self, tenant: str) -> float:
         return 1.0
@@ -80,6 +89,27 @@ class PriorityTrace:
 
     def waiting_ends(self, account: Account, request_id: str, moved: bool = False) -> None:
         """Nor who waits no more."""
+
+
+class OwnPriorities(LeasedCounters):
+    """The engine's own counters of service, which count what is computed as well.
+
+    Attributes:
+        steps, computed, computed_again: As of ``PriorityTrace``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+        self.computed = 0
+
+    @property
+    def computed_again(self) -> int:
+        return self.system
+
+    def charge(self, account: Account, prompt: int, output: int) -> None:
+        super().charge(account, prompt, output)
+        self.computed += prompt
 
 
 @dataclass(slots=True)
@@ -163,6 +193,11 @@ class Conversations:
             self.turns[sequence.request_id].times.extend([now] * len(emission.tokens))
             if emission.finish_reason:
                 self._finished(sequence)
+
+    def decoded(self, sequences: Sequence[LiveSequence], times: Sequence[float]) -> None:
+        """The simulated engine's listener for steps that were accounted for together."""
+        for sequence in sequences:
+            self.turns[sequence.request_id].times.extend(times)
 
     def preempted(self, sequence: LiveSequence) -> None:
         """The engine's listener."""

@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.switch_load import INTERVAL, Conversations, PriorityTrace, latencies
+from bench.campaign import traces
+from bench.switch_load import INTERVAL, Conversations, OwnPriorities, PriorityTrace, latencies
 from bench.switch_systems import CopyFigures, GranularCopier, System
 from cluster.simulation.answers import Answers
+from cluster.simulation.device import vocabulary
+from cluster.simulation.engine import SimulatedEngine
 from cluster.simulation.profile import CostProfile
 from cluster.simulation.workloads.arrivals import renewal
 from cluster.simulation.workloads.records import WorkloadRequest, by_arrival
 from cluster.simulation.workloads.sources import load_workload
-from instance.budget import StepShape
 from instance.clock import Clock, VirtualClock
 from instance.config import EngineConfig, SchedulerConfig
-from instance.engine import Engine, StepListener
-from instance.executor import StepResult
+from instance.engine import Engine
 from instance.kv.blocks import BlockPool
 from instance.kv.figures import SwapFigures
 from instance.model.modelled import ModelledExecutor
 from instance.model.modelled_copier import ModelledCopier
-from instance.request import Sequence, StepPlan
+from instance.request import Sequence
 from instance.scheduler import Emission, Scheduler
-from instance.step_cost import StepCost
 
-ROOT = Path(__file__).resolve().parent.parent
 TRACE = "sharegpt_multiround_4000conv.csv.gz"
 
 
@@ -61,9 +58,8 @@ class Load:
         Raises:
             WorkloadError: if the trace is not where DROVER_TRACES points.
         """
-        folder = Path(os.environ.get("DROVER_TRACES") or ROOT.parent / "shared" / "traces")
         turns = load_workload(
-            f"sharegpt:{folder / TRACE}?sessions={self.sessions}&scale={self.scale}"
+            f"sharegpt:{traces() / TRACE}?sessions={self.sessions}&scale={self.scale}"
             f"&max-len={self.max_len}&fit=drop",
             seed,
         )
@@ -108,7 +104,7 @@ class Occupancy:
 def figures(
     engine: Engine,
     clients: Conversations,
-    priorities: PriorityTrace,
+    priorities: PriorityTrace | OwnPriorities,
     copier: GranularCopier | None,
     occupancy: Occupancy,
 ) -> dict[str, Any]:
@@ -143,61 +139,16 @@ def figures(
     }
 
 
-def scheduling(max_model_len: int) -> SchedulerConfig:
-    """The engine's defaults, but that any difference in priority preempts."""
+def scheduling(max_model_len: int, system: System) -> SchedulerConfig:
+    """The engine's defaults, but that any difference in the given priorities preempts."""
+    if system.own:
+        return SchedulerConfig(max_model_len=max_model_len)
     return SchedulerConfig(max_model_len=max_model_len, theta=0.0, priority_interval=INTERVAL)
 
 
-class VirtualEngine(Engine):
-    """An engine on a virtual clock: a step has no arrays, and lasts as its shape says.
-
-    Args:
-        executor: Says what model and pool there are; it launches nothing.
-        config: Settings of the instance.
-        clock: The virtual clock.
-        cost: Durations of steps.
-        answers: Tokens that are drawn.
-        on_step: As for ``Engine``.
-        on_preempted: As for ``Engine``.
-        counters: As for ``Engine``.
-    """
-
-    def __init__(
-        self,
-        executor: ModelledExecutor,
-        config: EngineConfig,
-        clock: VirtualClock,
-        cost: StepCost,
-        answers: Answers,
-        on_step: StepListener,
-        on_preempted: Callable[[Sequence], None],
-        counters: PriorityTrace,
-    ) -> None:
-        super().__init__(
-            executor, config, clock, self._soon, on_step, self._raise, on_preempted, counters
-        )
-        self._cost = cost
-        self._answers = answers
-
-    def _soon(self, call: Callable[[], None]) -> None:
-        self._clock.call_later(0.0, call)
-
-    def _raise(self, error: BaseException) -> None:
-        raise error
-
-    def _launch(self, plan: StepPlan) -> None:
-        seconds = self._cost.of(*StepShape.of(plan))
-        answer = self._answers.token
-
-        def over() -> None:
-            drawn = [
-                answer(sequence.request_id, start + length - sequence.num_prompt)
-                for sequence, start, length, samples in plan.rows
-                if samples
-            ]
-            self._complete(StepResult(np.array(drawn, np.int64), seconds, seconds))
-
-        self._clock.call_later(seconds, over)
+def counters(system: System, pattern: str, seed: int) -> PriorityTrace | OwnPriorities:
+    """Who orders the conversations."""
+    return OwnPriorities() if system.own else PriorityTrace(pattern, seed)
 
 
 def run_modelled(
@@ -208,7 +159,7 @@ def run_modelled(
     clock = VirtualClock()
     model = profile.model
     copier = None
-    config = EngineConfig(scheduler=scheduling(model.max_model_len))
+    config = EngineConfig(scheduler=scheduling(model.max_model_len, system))
     if system.swap is not None:
         config = dataclasses.replace(config, swap=system.swap)
         calls = max(1, system.copies_per_block(model.num_layers))
@@ -218,12 +169,17 @@ def run_modelled(
             clock,
             lambda size, runs: profile.copy_out.seconds(size, calls * runs),
             lambda size, runs: profile.copy_in.seconds(size, calls * runs),
+            system.one_stream,
         )
         copier = GranularCopier(inner, system.per_block, calls=calls)
     executor = ModelledExecutor(model, profile.num_blocks + 1, clock, profile.step, copier)
-    vocab = range(min(model.vocab_size, *model.eos_token_ids))
-    answers = Answers(vocab, model.eos_token_ids[0], seed)
-    priorities = PriorityTrace(pattern, seed)
+    vocab, end_token = vocabulary(model)
+    answers = Answers(vocab, end_token, seed)
+    priorities = counters(system, pattern, seed)
+
+    def submit(sequence: Sequence) -> None:
+        engine.interrupt()
+        engine.submit(sequence)
 
     def stepped(emissions: list[Emission]) -> None:
         priorities.steps = engine.steps
@@ -233,22 +189,30 @@ def run_modelled(
             if emission.finish_reason:
                 answers.forget(emission.sequence.request_id)
 
-    engine = VirtualEngine(
+    def decoded(sequences: SequenceOf[Sequence], times: SequenceOf[float]) -> None:
+        priorities.steps = engine.steps + len(times)
+        occupancy.note(engine.scheduler)
+        clients.decoded(sequences, times)
+
+    def failed(error: BaseException) -> None:
+        raise error
+
+    clients = Conversations(load.requests(seed), clock, submit, vocab, seed, expect=answers.prepare)
+    engine = SimulatedEngine(
         executor,
         config,
         clock,
         profile.step,
         answers,
         stepped,
-        lambda sequence: clients.preempted(sequence),
+        decoded,
+        failed,
+        clients.preempted,
         priorities,
     )
     if copier is not None:
         copier.pool = engine.pool
     occupancy = Occupancy(engine.pool, clock)
-    clients = Conversations(
-        load.requests(seed), clock, engine.submit, vocab, seed, expect=answers.prepare
-    )
     clients.start()
     while clients.open and clock.run_next():
         pass

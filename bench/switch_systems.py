@@ -15,9 +15,12 @@ asynchronous
     Steps go on beside the copies, unless waiting is measured to be cheaper.
 reuse
     Copies outlive the return of their sequence, and what others will ask for is copied
-    before somebody waits for it. This is the engine as it is served.
+    before somebody waits for it. So the engine is served.
 recompute
     Nothing is copied: KV is given up, and computed again.
+
+A seventh line is no part of the comparison: "own fairness" is the engine as it is served under
+its own priorities, a conversation being a tenant, and with its own reluctance to preempt.
 """
 
 from __future__ import annotations
@@ -43,18 +46,26 @@ class System:
         swap: How it swaps; None: it recomputes.
         per_block: It copies block by block.
         per_layer: It copies K and V of each layer by themselves.
+        own: Its priorities are the engine's own, not those of the experiment.
     """
 
     name: str
     swap: SwapConfig | None
     per_block: bool = False
     per_layer: bool = False
+    own: bool = False
 
     def copies_per_block(self, layers: int) -> int:
         """Calls that one block takes; 0 where blocks go in runs."""
         if not self.per_block:
             return 0
         return 2 * layers if self.per_layer else 1
+
+    @property
+    def one_stream(self) -> bool:
+        """Copies in and out follow each other, as where steps wait for both (vLLM 0.3.3's
+        ``Worker.cache_swap``: in, then out, on one stream)."""
+        return self.swap is not None and self.swap.mode is SwapMode.SYNC
 
 
 _SYNCHRONOUS = SwapConfig(
@@ -70,7 +81,8 @@ SYSTEMS = (
     System("reuse", dataclasses.replace(_ASYNCHRONOUS, reuse=True, save=True)),
     System("recompute", None),
 )
-BY_NAME = {system.name: system for system in SYSTEMS}
+OWN = dataclasses.replace(SYSTEMS[4], name="own fairness", own=True)
+BY_NAME = {system.name: system for system in (*SYSTEMS, OWN)}
 FIRST, BLOCKWISE, GROUPED, PLAIN, WHOLE = (system.name for system in SYSTEMS[:5])
 
 

@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from typing import Protocol
 
 import numpy as np
 
@@ -22,11 +23,10 @@ from instance.clock import TimerHandle, VirtualClock
 from instance.config import EngineConfig
 from instance.engine import Engine, StepListener
 from instance.executor import StepResult
-from instance.fairness import service
+from instance.fairness import ServiceCounters, service
 from instance.kv.copies import CopyJob
-from instance.leases import LeasedCounters
 from instance.model.modelled import ModelledExecutor
-from instance.request import Sequence, StepPlan
+from instance.request import Account, Sequence, StepPlan
 from instance.step_cost import StepCost
 
 DecodeListener = Callable[[SequenceOf[Sequence], SequenceOf[float]], None]
@@ -35,6 +35,13 @@ DecodeListener = Callable[[SequenceOf[Sequence], SequenceOf[float]], None]
 LONGEST_STRETCH = 48
 """Steps in one stretch at most: their ends are computed ahead, in vain where something comes
 in between."""
+
+
+class Counters(ServiceCounters, Protocol):
+    """Counters of which some charges have to be told at once."""
+
+    def left(self, account: Account) -> float:
+        """What may be charged before that; infinite where nobody is told."""
 
 
 class SimulatedEngine(Engine):
@@ -68,7 +75,7 @@ class SimulatedEngine(Engine):
         on_decodes: DecodeListener,
         on_failure: Callable[[BaseException], None],
         on_preempted: Callable[[Sequence], None],
-        counters: LeasedCounters,
+        counters: Counters,
         jumps: bool = True,
     ) -> None:
         super().__init__(

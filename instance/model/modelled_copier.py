@@ -11,8 +11,8 @@ from instance.executor import CopyDone, CopyRun
 class ModelledCopier:
     """Answers each copy after the time it would take; a ``Copier`` without bytes.
 
-    Out and in are independent; the copies of one direction run one after the other.
-    ``done`` is called on the clock's thread.
+    The copies of one direction run one after the other; out and in are independent, unless
+    they share a stream. ``done`` is called on the clock's thread.
 
     Args:
         num_host_blocks: Host blocks to pretend to have, a null block included.
@@ -20,6 +20,7 @@ class ModelledCopier:
         clock: Real or virtual.
         cost: Seconds that a copy takes, given its bytes and its contiguous runs.
         cost_in: The same for copies from the host; None where they cost as much.
+        one_stream: All copies run one after the other.
     """
 
     host: None = None
@@ -31,12 +32,15 @@ class ModelledCopier:
         clock: Clock,
         cost: Callable[[int, int], float],
         cost_in: Callable[[int, int], float] | None = None,
+        one_stream: bool = False,
     ) -> None:
         self.num_host_blocks = num_host_blocks
         self.block_bytes = block_bytes
         self._clock = clock
         self._costs = {True: cost, False: cost if cost_in is None else cost_in}
-        self._free_at = {True: clock.now(), False: clock.now()}
+        # Of each stream; a direction is its own stream, or both are one.
+        self._free_at = [clock.now()] * 2
+        self._one_stream = one_stream
         self._timers: dict[int, TimerHandle] = {}
         self._issued = 0
 
@@ -58,7 +62,8 @@ class ModelledCopier:
         num_bytes = self.block_bytes * sum(run.count for run in runs)
         seconds = self._costs[outward](num_bytes, len(runs))
         now = self._clock.now()
-        ends = self._free_at[outward] = max(now, self._free_at[outward]) + seconds
+        stream = outward and not self._one_stream
+        ends = self._free_at[stream] = max(now, self._free_at[stream]) + seconds
         number = self._issued
         self._issued += 1
 

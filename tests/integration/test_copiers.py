@@ -246,3 +246,15 @@ def test_modelled_copies_take_their_time_one_after_the_other_each_way() -> None:
     copier.close()
     clock.run_until(20.0)
     assert len(ends) == 3
+
+
+def test_modelled_copies_on_one_stream_follow_each_other() -> None:
+    clock = VirtualClock()
+    copier = ModelledCopier(
+        10, 100, clock, lambda size, runs: 1.0, lambda size, runs: 0.25, one_stream=True
+    )
+    ends: list[tuple[float, float | BaseException]] = []
+    for copy in (copier.copy_in, copier.copy_out, copier.copy_in):
+        copy([CopyRun(1, 1, 1)], lambda result: ends.append((clock.now(), result)))
+    clock.run_until(10.0)
+    assert ends == [(0.25, 0.25), (1.25, 1.0), (1.5, 0.25)]

@@ -20,7 +20,15 @@ from bench.context_switch import (
     variants,
     verdict,
 )
-from bench.switch_load import INTERVAL, STAY, Conversations, PriorityTrace, Turn, latencies
+from bench.switch_load import (
+    INTERVAL,
+    SPREAD,
+    STAY,
+    Conversations,
+    PriorityTrace,
+    Turn,
+    latencies,
+)
 from bench.switch_runs import Load, run_modelled
 from bench.switch_systems import BY_NAME, FIRST, PLAIN, SYSTEMS, WHOLE, GranularCopier
 from cluster.simulation.profile_files import load_profile
@@ -51,10 +59,10 @@ def priorities(trace: PriorityTrace, tenant: str, periods: int) -> list[float]:
 @pytest.mark.parametrize(("pattern", "kept"), [("random", 0.0), ("markov", STAY)])
 def test_priorities_change_every_interval(pattern: str, kept: float) -> None:
     values = priorities(PriorityTrace(pattern, 1), "a", 2000)
-    assert all(0 <= value < 1 for value in values)
+    assert all(0 <= value < SPREAD for value in values)
     same = sum(one == other for one, other in itertools.pairwise(values))
     assert same / 1999 == pytest.approx(kept, abs=0.05)
-    assert sum(values) / 2000 == pytest.approx(0.5, abs=0.1)
+    assert sum(values) / 2000 / SPREAD == pytest.approx(0.5, abs=0.1)
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 200)), max_size=30))
