@@ -39,7 +39,8 @@ class SwitchExecutor(TorchExecutor):
         self.granular: GranularCopier | None = None
         if inner is None:
             return
-        pieces = max(1, system.copies_per_block(self.description.num_layers))
+        layers = self.description.num_layers
+        pieces = system.copies(1, 1, layers) if system.per_block else 0
         if pieces > 1:
             hosts = inner.num_host_blocks
             inner.close()
@@ -48,7 +49,9 @@ class SwitchExecutor(TorchExecutor):
                 hosts * pieces,
                 lambda first, count: self._attention.written(first // pieces, 1),
             )
-        self.copier = self.granular = GranularCopier(inner, system.per_block, pieces)
+        self.copier = self.granular = GranularCopier(
+            inner, lambda blocks, runs: system.copies(blocks, runs, layers), pieces
+        )
 
 
 def run_cpu(

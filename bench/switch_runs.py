@@ -162,16 +162,20 @@ def run_modelled(
     config = EngineConfig(scheduler=scheduling(model.max_model_len, system))
     if system.swap is not None:
         config = dataclasses.replace(config, swap=system.swap)
-        calls = max(1, system.copies_per_block(model.num_layers))
+        block_bytes = profile.block_bytes
+
+        def calls(blocks: int, runs: int) -> int:
+            return system.copies(blocks, runs, model.num_layers)
+
         inner = ModelledCopier(
             profile.num_host_blocks + 1,
-            profile.block_bytes,
+            block_bytes,
             clock,
-            lambda size, runs: profile.copy_out.seconds(size, calls * runs),
-            lambda size, runs: profile.copy_in.seconds(size, calls * runs),
+            lambda size, runs: profile.copy_out.seconds(size, calls(size // block_bytes, runs)),
+            lambda size, runs: profile.copy_in.seconds(size, calls(size // block_bytes, runs)),
             system.one_stream,
         )
-        copier = GranularCopier(inner, system.per_block, calls=calls)
+        copier = GranularCopier(inner, calls)
     executor = ModelledExecutor(model, profile.num_blocks + 1, clock, profile.step, copier)
     vocab, end_token = vocabulary(model)
     answers = Answers(vocab, end_token, seed)

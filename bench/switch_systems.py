@@ -55,11 +55,11 @@ class System:
     per_layer: bool = False
     own: bool = False
 
-    def copies_per_block(self, layers: int) -> int:
-        """Calls that one block takes; 0 where blocks go in runs."""
+    def copies(self, blocks: int, runs: int, layers: int) -> int:
+        """Calls that so many blocks take, which lie in so many runs."""
         if not self.per_block:
-            return 0
-        return 2 * layers if self.per_layer else 1
+            return runs
+        return blocks * 2 * layers if self.per_layer else blocks
 
     @property
     def one_stream(self) -> bool:
@@ -111,10 +111,9 @@ class GranularCopier:
 
     Args:
         inner: Copies. Its blocks are ``pieces`` to one of this copier's.
-        split: Each block is copied by itself, in pieces.
-        pieces: Of a block.
-        calls: Calls that one of the inner copier's runs stands for, where that knows their
-            cost and no pieces.
+        count: Calls that so many blocks in so many runs take.
+        pieces: Each block is copied by itself, in so many pieces; 0 leaves runs whole, as
+            where the inner copier has no memory and knows by itself what they cost.
 
     Attributes:
         all: What was copied.
@@ -122,21 +121,20 @@ class GranularCopier:
         pool: Whose use decides about that; set once there is an engine.
     """
 
-    def __init__(self, inner: Copier, split: bool, pieces: int = 1, calls: int = 1) -> None:
+    def __init__(self, inner: Copier, count: Callable[[int, int], int], pieces: int = 0) -> None:
         self._inner = inner
-        self._split = split
+        self._count = count
         self._pieces = pieces
-        self._calls = calls
         self.all, self.full = CopyFigures(), CopyFigures()
         self.pool: BlockPool | None = None
 
     @property
     def num_host_blocks(self) -> int:
-        return self._inner.num_host_blocks // self._pieces
+        return self._inner.num_host_blocks // max(1, self._pieces)
 
     @property
     def block_bytes(self) -> int:
-        return self._inner.block_bytes * self._pieces
+        return self._inner.block_bytes * max(1, self._pieces)
 
     @property
     def host(self) -> KvPool | None:
@@ -160,9 +158,9 @@ class GranularCopier:
         done: CopyDone,
     ) -> None:
         blocks = sum(run.count for run in runs)
-        if self._split:
+        copies = self._count(blocks, len(runs))
+        if self._pieces:
             runs = _pieces(runs, self._pieces)
-        copies = len(runs) * self._calls
         self.all.add(copies, blocks)
         pool = self.pool
         if pool is not None and pool.num_usable - pool.num_free >= FULL * pool.num_usable:
