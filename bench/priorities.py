@@ -2,8 +2,8 @@
 
 Llumnix's experiment of priorities (OSDI '24, section 6.4), simulated: 16 instances of LLaMA-7B
 on an A10 each, short prompts and outputs, bursty arrivals (Gamma intervals with a coefficient
-of variation from 2 to 8), and one request of ten is of high priority. Four times the
-published rate loads instances with chunked prefill to about a half; --rate 26 is the
+of variation from 2 to 8), and one request of ten is of high priority. Three times the
+published rate loads instances with chunked prefill to a third to a half; --rate 26 is the
 published one. The same workload runs
 
 blind
@@ -42,7 +42,7 @@ from instance.request import RequestClass
 
 SETTINGS = {**campaign.TESTBED, "instances": 16, "high": 0.1, "in_use": 4800}
 """``in_use``: tokens that an instance with a high request shall hold at most."""
-RATE = 104.0
+RATE = 78.0
 BURSTINESS = (2.0, 4.0, 6.0, 8.0)
 BLIND, ORDER, HEADROOM = "blind", "by order", "with headroom"
 SIDES = (BLIND, ORDER, HEADROOM)
@@ -185,7 +185,7 @@ def runs_of(quick: bool, rate: float, requests: int, seeds: int) -> list[Run]:
 def main(arguments: list[str] | None = None) -> int:
     made = campaign.options(__doc__ or "", "priorities")
     made.add_argument("--rate", type=float, default=RATE)
-    made.add_argument("--requests", type=int, default=3000)
+    made.add_argument("--requests", type=int, default=2000)
     made.add_argument("--seeds", type=int, default=2)
     given = made.parse_args(arguments)
     runs = runs_of(given.quick, given.rate, given.requests, given.seeds)
