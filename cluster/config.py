@@ -15,6 +15,7 @@ from cluster.dispatcher.load import LoadConfig
 from cluster.dispatcher.placement import POLICIES
 from cluster.dispatcher.rebalance import RebalanceConfig
 from cluster.dispatcher.requests import RequestConfig
+from cluster.dispatcher.roles import RolesConfig
 from cluster.dispatcher.scaling import ScalingConfig, instance_name
 from cluster.flags import (
     ConfigError,
@@ -222,6 +223,19 @@ class ServeConfig:
         "first instances that only compute prompts (prefill=N) or only what follows (decode=N); "
         "may be given several times; the others do both",
         many=True,
+    )
+    change_roles: bool = setting(
+        False,
+        switch,
+        "on|off",
+        _CLUSTER,
+        "let instances with a role change it as the load shifts between prompts and outputs",
+    )
+    role_ttft: float = setting(
+        2.0, number(1e-3), "SECONDS", _CLUSTER, "with --change-roles: time to first token wanted"
+    )
+    role_tpot: float = setting(
+        0.1, number(1e-4), "SECONDS", _CLUSTER, "with --change-roles: time per output token wanted"
     )
     min_instances: int = setting(
         1, integer(1, 1024), "N", _CLUSTER, "with --max-instances: replicas at least"
@@ -457,6 +471,7 @@ class ServeConfig:
                 start_timeout=self.startup_timeout,
             ),
             roles=self.instance_roles,
+            role_changes=RolesConfig(self.change_roles, self.role_ttft, self.role_tpot),
         )
 
     def gateway(self, gateway_id: str, max_model_len: int) -> GatewayConfig:

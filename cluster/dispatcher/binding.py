@@ -86,9 +86,9 @@ class Binding:
             if not open_now.any():
                 return None
         if account[1] == RequestClass.INTERACTIVE:
-            # Every instance that runs one keeps its headroom free, so they share instances as
-            # long as these keep it.
-            shared = open_now & (candidates.headroom > 0) & (candidates.slack > tokens)
+            # Every instance that runs one keeps its headroom free, so they share as long as
+            # they would leave it. The others' requests there end, or go away, and none follow.
+            shared = open_now & (candidates.shared_room > tokens)
             if shared.any():
                 open_now = shared
         return candidates if open_now.all() else candidates.where(open_now)

@@ -46,6 +46,7 @@ from cluster.dispatcher.placement import POLICIES, NamedPolicy, Uniform
 from cluster.dispatcher.policies import Policies
 from cluster.dispatcher.rebalance import RebalanceConfig
 from cluster.dispatcher.requests import RequestConfig, Requests
+from cluster.dispatcher.roles import Roles, RolesConfig
 from cluster.dispatcher.scaling import Scaler, ScalingConfig
 from cluster.dispatcher.table import Candidates
 from cluster.dispatcher.tenants import TenantPolicy, policy_from_json, policy_to_json
@@ -62,6 +63,7 @@ class DispatcherConfig:
         migration_timeout: Seconds after which a migration that nobody ended is forgotten.
         prefix_capacity: Pairs of prefix key and instance remembered.
         roles: Roles of instances by name, at their first start; those not named are mixed.
+        role_changes: When they change with the load.
     """
 
     placement: str = "freeness"
@@ -72,6 +74,7 @@ class DispatcherConfig:
     load: LoadConfig = field(default_factory=LoadConfig)
     rebalance: RebalanceConfig = field(default_factory=RebalanceConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    role_changes: RolesConfig = field(default_factory=RolesConfig)
 
 
 class _TenantOrder:
@@ -103,6 +106,7 @@ class Dispatcher:
         placing: Requests asked for, held and placed.
         policies: Which placement and rebalancing are in force.
         scaler: How many instances there should be.
+        roles: Which of them compute prompts.
         counters: Events by kind and reason, for metrics.
 
     Raises:
@@ -124,7 +128,7 @@ class Dispatcher:
         self.ledger = FairnessLedger(version, settings.tenants, settings.default_tenant)
         self.feed = LedgerFeed(self.ledger)
         self.placing = Requests(settings, self.members, self.ledger, self._choose, self._count)
-        self._roles = dict(config.roles)
+        self._first_roles = dict(config.roles)
         self.migrations = Migrations(
             self.members,
             config.rebalance,
@@ -135,6 +139,7 @@ class Dispatcher:
         )
         known = {**POLICIES, **(policies or {})}
         self.scaler = Scaler(config.scaling, self._count)
+        self.roles = Roles(config.role_changes, self._count)
         self.policies = Policies(config.placement, known, self.migrations, rng, self._count)
         self._apply_policies()
 
@@ -217,7 +222,7 @@ class Dispatcher:
         # reports outlived a dispatcher that had set it.
         name = report.instance_id
         if outcome == "accepted" and self.members.loads[name].role is None:
-            wanted = self.overrides.get(key(ROLE, name)) or self._roles.get(name)
+            wanted = self.overrides.get(key(ROLE, name)) or self._first_roles.get(name)
             if wanted is not None and report.role is Role.MIXED:
                 actions.extend(self._set_role(name, Role(wanted)))
         return actions
@@ -227,7 +232,10 @@ class Dispatcher:
         self.placing.waiting.lost(instance_id, now)
 
     def _choose(self, request: PlaceRequest, candidates: Candidates) -> LoadView:
-        return self.policies.choose(request, candidates)
+        view = self.policies.choose(request, candidates)
+        if self.roles.config.enabled:
+            self.roles.placed(candidates.missing_on(view.instance_id, request.num_tokens))
+        return view
 
     # ---- policies
 
@@ -291,9 +299,21 @@ class Dispatcher:
         self.ledger.expire(now, lifetimes.forget_after)
         actions = self.placing.expire(now, lifetimes.charge_lifetime)
         self._scale(now)
-        return actions + self.migrations.tick(now)
+        return actions + self._change_roles(now) + self.migrations.tick(now)
 
-    # ---- scaling
+    # ---- roles and scaling
+
+    def _change_roles(self, now: float) -> list[Action]:
+        if not self.roles.config.enabled:
+            return []
+        held = sum(one.request.num_tokens for one in self.placing.queues)
+        found = self.roles.update(
+            self.members.views(now),
+            held,
+            lambda name: self.overrides.get(key(ROLE, name)) is not None,
+            now,
+        )
+        return self._set_role(*found) if found is not None else []
 
     def _scale(self, now: float) -> None:
         if not (self.config.scaling.enabled or self.scaler.leaving or self.scaler.orders()):

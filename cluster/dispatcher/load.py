@@ -85,14 +85,17 @@ class _Staying(NamedTuple):
     waiting: tuple[int, ...] = ()
     backlog: int = 0
     interactive: int = 0
+    interactive_blocks: int = 0
     freed: int = 0
 
     def without(self, sequence: SequenceLoad) -> _Staying:
         """The sums once a running sequence has left."""
+        interactive = sequence.request_class == RequestClass.INTERACTIVE
         return self._replace(
             running=self.running - 1,
             backlog=self.backlog - (sequence.uncomputed if sequence.uncomputed > 1 else 0),
-            interactive=self.interactive - (sequence.request_class == RequestClass.INTERACTIVE),
+            interactive=self.interactive - interactive,
+            interactive_blocks=self.interactive_blocks - interactive * sequence.blocks,
             freed=self.freed + sequence.blocks,
         )
 
@@ -104,11 +107,14 @@ class _Charged:
     blocks: int = 0
     tokens: int = 0
     interactive: int = 0
+    interactive_blocks: int = 0
 
     def add(self, sequence: SequenceLoad, sign: int) -> None:
         self.blocks += sign * sequence.blocks
         self.tokens += sign * sequence.uncomputed
-        self.interactive += sign * (sequence.request_class == RequestClass.INTERACTIVE)
+        if sequence.request_class == RequestClass.INTERACTIVE:
+            self.interactive += sign
+            self.interactive_blocks += sign * sequence.blocks
 
 
 class Book:
@@ -386,8 +392,7 @@ class InstanceLoad:
         reserved = 0 if report is None else report.reserved_blocks
         arriving = [s for s in self._arriving.values() if s.request_id not in self._by_id]
         free += staying.freed - max(0, sum(s.blocks for s in arriving) - reserved)
-        interactive = charged.interactive + staying.interactive
-        interactive += sum(s.request_class == RequestClass.INTERACTIVE for s in arriving)
+        urgent = [s.blocks for s in arriving if s.request_class == RequestClass.INTERACTIVE]
         reported_role = Role.MIXED if report is None else report.role
         return LoadView(
             info=self.info,
@@ -398,7 +403,10 @@ class InstanceLoad:
             running=staying.running + len(self.charges) + len(arriving),
             waiting=staying.waiting,
             step_seconds=0.0 if report is None else report.step_seconds,
-            interactive=interactive,
+            interactive=charged.interactive + staying.interactive + len(urgent),
+            interactive_blocks=charged.interactive_blocks
+            + staying.interactive_blocks
+            + sum(urgent),
             last_placed=self.last_placed,
             role=self.role or reported_role,
             charged=len(self.charges),
@@ -408,17 +416,19 @@ class InstanceLoad:
         )
 
     def _sum_staying(self) -> _Staying:
-        running = backlog = interactive = freed = 0
+        running = backlog = interactive = blocks = freed = 0
         waiting = []
         for sequence in self.sequences:
             if not self.counts(sequence.request_id):
                 freed += sequence.blocks if sequence.running else 0
             elif sequence.running:
                 running += 1
-                interactive += sequence.request_class == RequestClass.INTERACTIVE
+                if sequence.request_class == RequestClass.INTERACTIVE:
+                    interactive += 1
+                    blocks += sequence.blocks
                 backlog += sequence.uncomputed if sequence.uncomputed > 1 else 0
             else:
                 waiting.append(sequence.blocks)
                 backlog += sequence.uncomputed
-        self._staying = _Staying(running, tuple(waiting), backlog, interactive, freed)
+        self._staying = _Staying(running, tuple(waiting), backlog, interactive, blocks, freed)
         return self._staying

@@ -218,11 +218,13 @@ class Requests:
             if candidates is None:
                 break
             self._drop(held)
-            actions.append(self._assign(request, self._choose(request, candidates), now))
+            view = self._choose(request, candidates)
+            missing = candidates.missing_on(view.instance_id, request.num_tokens)
+            actions.append(self._assign(request, view, missing, now))
             binding.changed()
         return actions
 
-    def _assign(self, request: PlaceRequest, view: LoadView, now: float) -> Place:
+    def _assign(self, request: PlaceRequest, view: LoadView, missing: int, now: float) -> Place:
         load = self._members.loads[view.instance_id]
         placement = Placement(
             request.request_id, request.epoch, view.instance_id, load.info.incarnation
@@ -238,7 +240,7 @@ class Requests:
                 running=False,
                 blocks=blocks_for(request.num_tokens + 1, load.info.model.block_size),
                 num_tokens=request.num_tokens,
-                uncomputed=request.num_tokens,
+                uncomputed=missing,
             ),
             now,
         )

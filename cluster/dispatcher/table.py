@@ -84,6 +84,7 @@ class LoadTable:
         self.turn = np.zeros(size, np.int64)
         self.slack = np.zeros(size, np.int64)
         self.headroom = np.zeros(size, np.int64)
+        self.shared_room = np.zeros(size, np.int64)
         self.backlog = np.zeros(size, np.int64)
         self.total = np.zeros(size)
         self.block_size = np.zeros(size, np.int64)
@@ -173,6 +174,7 @@ class LoadTable:
         self.turn[row] = view.last_placed
         self.slack[row], self.backlog[row] = load.room(view)
         self.headroom[row] = view.headroom * model.block_size
+        self.shared_room[row] = view.shared_room * model.block_size
         if self._speeds.observe(row, view.costs):
             self._speed = None
 
@@ -354,6 +356,12 @@ class Candidates(Sequence[LoadView]):
         row = self._table.rows.get(name)
         return row is not None and bool((self.rows == row).any())
 
+    def missing_on(self, name: str, num_tokens: int) -> int:
+        """Tokens of a prompt of ``num_tokens`` that must be computed on one of them."""
+        row = self._table.rows[name]
+        cached = int(self.cached[int(np.flatnonzero(self.rows == row)[0])])
+        return max(1, num_tokens - cached * self._table.load(row).info.model.block_size)
+
     def where(self, keep: Bools) -> Candidates:
         """Those for which ``keep`` [n] is true."""
         return Candidates(self._table, self.rows[keep], self._now, self.cached[keep])
@@ -422,6 +430,11 @@ class Candidates(Sequence[LoadView]):
     def headroom(self) -> Ints:
         """[n] tokens of KV that are kept free for the interactive class, not in ``slack``."""
         return self._table.headroom[self.rows]
+
+    @property
+    def shared_room(self) -> Ints:
+        """[n] tokens that interactive requests may yet share; see ``LoadView.shared_room``."""
+        return self._table.shared_room[self.rows]
 
     @property
     def backlog(self) -> Ints:

@@ -54,6 +54,7 @@ class LoadView:
         reserve: KV blocks kept free for the interactive class where a request of it runs.
         running: Sequences in the batch, and those charged or on their way, which will be.
         interactive: Of these, those of the interactive class.
+        interactive_blocks: KV blocks of those.
         waiting: KV blocks wanted by each waiting sequence, in queue order.
         charged: Of ``running``, those sent here that no report holds yet.
         backlog: Prompt tokens that are here, or on their way, and not computed yet.
@@ -72,6 +73,7 @@ class LoadView:
     waiting: tuple[int, ...]
     step_seconds: float
     interactive: int = 0
+    interactive_blocks: int = 0
     last_placed: int = 0
     role: Role = Role.MIXED
     charged: int = 0
@@ -88,6 +90,12 @@ class LoadView:
         """KV blocks that interactive requests use beside their own: so many in all, divided
         among those that are here (Llumnix, algorithm 1), and none where there are none."""
         return self.reserve if self.interactive else 0
+
+    @property
+    def shared_room(self) -> int:
+        """KV blocks that interactive requests may yet take together where some run: with so
+        many more they leave the headroom free, whatever others use for now; 0 where none runs."""
+        return self.total - self.reserve - self.interactive_blocks if self.headroom else 0
 
     @property
     def num_requests(self) -> int:

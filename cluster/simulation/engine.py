@@ -62,6 +62,7 @@ class SimulatedEngine(Engine):
         on_preempted: As for ``Engine``.
         counters: The instance's share of the cluster's ledger.
         jumps: Account for steps together where nothing else can happen.
+        on_prefill: Told each sequence of whose prompt a step begins to compute some.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class SimulatedEngine(Engine):
         on_preempted: Callable[[Sequence], None],
         counters: Counters,
         jumps: bool = True,
+        on_prefill: Callable[[Sequence], None] = lambda sequence: None,
     ) -> None:
         super().__init__(
             executor,
@@ -95,6 +97,7 @@ class SimulatedEngine(Engine):
         self._counters = counters
         self._answers = answers
         self._on_decodes = on_decodes
+        self._on_prefill = on_prefill
         self._timer: TimerHandle | None = None
         self._seconds = 0.0
         # Ends of the running step and of those that may follow it, and how many of them the
@@ -121,6 +124,12 @@ class SimulatedEngine(Engine):
     def _launch(self, plan: StepPlan) -> None:
         self._seconds = self._cost.of(*StepShape.of(plan))
         self._timer = self._clock.call_later(self._seconds, self._step_over)
+        # Decodes come first in a plan.
+        for sequence, start, length, _ in reversed(plan.rows):
+            if start < sequence.num_prompt:
+                self._on_prefill(sequence)
+            elif length == 1:
+                break
 
     def _advance(self) -> None:
         if self.failed:

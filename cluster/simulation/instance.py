@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Protocol
@@ -93,6 +94,7 @@ class SimulatedInstance:
             self._preempted,
             self.counters,
             jumps,
+            self._began,
         )
         self.attempts = Attempts(self)
         self._prefixes = PrefixEvents()
@@ -272,10 +274,24 @@ class SimulatedInstance:
     def _drew(self, sequence: Sequence, times: SequenceOf[float]) -> None:
         record = self._requests[sequence.request_id]
         if record.instances[-1] != self.instance_id:
-            record.arrived(self.instance_id, times[0])
+            record.arrived(self.instance_id, times[0], self.engine.step_seconds)
         record.times.extend(times)
         if record.preempted_at is not None:
             record.resumed()
+
+    def _began(self, sequence: Sequence) -> None:
+        record = self._requests[sequence.request_id]
+        if math.isnan(record.started):
+            record.started = self.clock.now()
+
+    def left(self, sequence: Sequence) -> None:
+        """A sequence has left the batch here, to run elsewhere."""
+        record = self._requests[sequence.request_id]
+        record.left_at, record.landed_at = self.clock.now(), None
+
+    def landed(self, sequence: Sequence) -> None:
+        """All of a sequence is here."""
+        self._requests[sequence.request_id].landed_at = self.clock.now()
 
     def _ended(self, sequence: Sequence, reason: FinishReason) -> None:
         record = self._requests[sequence.request_id]

@@ -155,6 +155,7 @@ class Outgoing:
             self.handle(m.DetachFailed())
             return
         sequence = self.sequence
+        self._host.left(sequence)
         self.handle(
             m.Detached(
                 total_blocks=self._blocks()[1],
@@ -339,6 +340,7 @@ class Incoming:
         sequence.charged_output = offered.charged_output
         sequence.silent = self.machine.silent
         self.sequence = sequence
+        self._host.landed(sequence)
         if handover.num_computed:
             engine.pool.commit(self.table[self.num_acquired :])
             sequence.block_table = list(self.table)

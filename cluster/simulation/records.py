@@ -16,6 +16,7 @@ class RequestRecord:
         wanted: Output tokens that it should end with.
         times: When each output token left its instance.
         placed: When it was first given an instance; nan before.
+        started: When the first step that computes some of its prompt began; nan before.
         ended: When its last token left, or when it was refused; nan before.
         status: "open", "finished", or the HTTP status with which it was refused.
         cached: Prompt tokens found in a prefix cache at its first admission.
@@ -23,6 +24,9 @@ class RequestRecord:
         preemptions: Times that it lost its place in a batch.
         preemption_loss: Seconds between a preemption and the next token, less a step.
         pauses: At each move, the gap in its tokens, less the step before it.
+        transfer: Seconds, over all moves, from its leaving a batch until all its KV was at
+            the other instance.
+        joining: Seconds from then to the next token, less a step there.
         moves: Moves that came to an end, by reason.
         replays: Times that it was started again elsewhere.
     """
@@ -36,6 +40,7 @@ class RequestRecord:
     wanted: int
     times: array[float] = field(default_factory=lambda: array("d"))
     placed: float = float("nan")
+    started: float = float("nan")
     ended: float = float("nan")
     status: str = "open"
     cached: int = 0
@@ -43,8 +48,12 @@ class RequestRecord:
     preemptions: int = 0
     preemption_loss: float = 0.0
     pauses: list[float] = field(default_factory=list)
+    transfer: float = 0.0
+    joining: float = 0.0
     moves: list[str] = field(default_factory=list)
     replays: int = 0
+    left_at: float | None = None
+    landed_at: float | None = None
     preempted_at: float | None = None
     step_then: float = 0.0
     known_then: int = 0
@@ -60,11 +69,20 @@ class RequestRecord:
         if self.preempted_at is None:
             self.preempted_at, self.step_then, self.known_then = now, step, known
 
-    def arrived(self, instance_id: str, now: float) -> None:
-        """Its tokens come from another instance than before."""
+    def arrived(self, instance_id: str, now: float, step: float) -> None:
+        """Its tokens come from another instance than before.
+
+        Args:
+            now: When the first of them came.
+            step: What a step takes there.
+        """
         if len(self.times) > 1:
             usual = self.times[-1] - self.times[-2]
             self.pauses.append(now - self.times[-1] - usual)
+        if self.left_at is not None and self.landed_at is not None:
+            self.transfer += self.landed_at - self.left_at
+            self.joining += max(0.0, now - self.landed_at - step)
+        self.left_at = self.landed_at = None
         self.instances.append(instance_id)
 
     def resumed(self) -> None:

@@ -67,6 +67,7 @@ def summarize(outcome: Outcome) -> dict[str, Any]:
             name: {**statistics(values), "curve": _curve(values)}
             for name, values in _values(done).items()
         },
+        "stages": stages(done),
         "tenants": _by(done, lambda one: one.tenant),
         "classes": _by(done, lambda one: one.request_class.name.lower()),
         "groups": _by([one for one in done if one.group], lambda one: one.group),
@@ -102,6 +103,25 @@ def _values(done: Sequence[RequestRecord]) -> dict[str, Floats]:
         "e2e": _array(one.ended - one.arrival for one in done),
         "held": _array(one.placed - one.arrival for one in done),
     }
+
+
+def stages(done: Sequence[RequestRecord]) -> dict[str, dict[str, float]]:
+    """Statistics in seconds of where the time of requests went; of each they add up to all of it.
+
+    Waiting before the first step with some of the prompt, computing it until the first token,
+    leaving batches for other instances until the KV is there, waiting there for a step, and
+    decoding, which includes what preemptions cost.
+    """
+    parts = {
+        "prefill_queue": _array(one.started - one.arrival for one in done),
+        "prefill": _array(one.times[0] - one.started for one in done),
+        "transfer": _array(one.transfer for one in done),
+        "decode_queue": _array(one.joining for one in done),
+        "decode": _array(
+            one.ended - one.times[0] - one.transfer - one.joining for one in done
+        ),
+    }
+    return {name: statistics(values) for name, values in parts.items()}
 
 
 def _array(values: Iterable[float]) -> Floats:

@@ -43,7 +43,10 @@ def test_the_verdict_is_on_pairs_of_runs() -> None:
         }
 
     results = [
-        {"run": {"burstiness": cv, "seed": 1, "side": side}, "figures": figures(*values)}
+        {
+            "run": {"rate": 78.0, "burstiness": cv, "seed": 1, "side": side},
+            "figures": figures(*values),
+        }
         for cv in (2.0, 4.0)
         for side, values in {
             bench.BLIND: (cv, cv),
@@ -59,4 +62,4 @@ def test_the_verdict_is_on_pairs_of_runs() -> None:
 
 
 def test_the_quick_form_has_every_side() -> None:
-    assert {one.side for one in bench.runs_of(True, 78.0, 0, 0)} == set(bench.SIDES)
+    assert {one.side for one in bench.runs_of(True, bench.RATES, 0, 0)} == set(bench.SIDES)

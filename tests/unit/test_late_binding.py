@@ -19,7 +19,7 @@ from cluster.dispatcher.events import (
     Tick,
 )
 from cluster.dispatcher.fairness import Source
-from cluster.dispatcher.load import LoadConfig
+from cluster.dispatcher.load import InstanceLoad, LoadConfig
 from cluster.dispatcher.queues import LAST_RETRY, Rate, RequestQueues
 from cluster.dispatcher.tenants import TenantPolicy
 from instance.leases import ServiceReport
@@ -97,15 +97,51 @@ def test_interactive_requests_share_instances_while_these_keep_their_headroom() 
         core.handle(Reported(report(name, 1, held, blocks=100)), 0.0)
     goes = [
         placed(core.handle(PlaceRequested(ask(f"r{n}", request_class=INTERACTIVE)), 0.1))
-        for n in range(6)
+        for n in range(9)
     ]
-    # Each wants 7 blocks: i1 keeps 60 of 100 free with two more, i2 and i3 with one.
+    # Each wants 7 blocks: interactive ones leave 60 of 100 free on i1 with two more, on i2 with
+    # one, and on i3, which others use too for now, with four.
     assert sorted(name for names in goes[:3] for name in names) == ["i1", "i1", "i2"]
-    assert goes[3] == ["i3"]
-    # None keeps it with one more, so another instance takes them; then that one is shared.
-    assert goes[4:] == [["i0"], ["i0"]]
+    assert goes[3:7] == [["i3"]] * 4
+    # They leave it nowhere with one more, so another instance takes them; then it is shared.
+    assert goes[7:] == [["i0"], ["i0"]]
     # The others go where no headroom is taken off.
     assert placed(core.handle(PlaceRequested(ask("r9")), 0.1)) == ["i0"]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(1, 9),
+            st.sampled_from(RequestClass),
+            st.sampled_from(["reported", "ended", "charged", "arriving"]),
+        ),
+        max_size=8,
+    ),
+    st.booleans(),
+)
+def test_interactive_requests_are_counted_with_their_kv_wherever_they_are(held, seen) -> None:
+    found = [
+        (sequence(f"r{n}", blocks, request_class=kind), how)
+        for n, (blocks, kind, how) in enumerate(held)
+    ]
+    load = InstanceLoad(info("i0", blocks=100), 0.0)
+    there = tuple(one for one, how in found if how in ("reported", "ended"))
+    load.accept(report("i0", 1, there, blocks=100), 0.0)
+    if seen:  # then sums are kept up to date, else they are made anew
+        load.view(0.0, LoadConfig())
+    for one, how in found:
+        if how == "ended":
+            load.ended(one.request_id, 1)
+        elif how == "charged":
+            load.charge(one, 0.0)
+        elif how == "arriving":
+            load.arrives(one, True)
+    view = load.view(0.0, LoadConfig(headroom_blocks=30))
+    left = [one for one, how in found if how != "ended" and one.request_class == INTERACTIVE]
+    assert view.interactive == len(left)
+    assert view.interactive_blocks == sum(one.blocks for one in left)
+    assert view.shared_room == (70 - view.interactive_blocks if left else 0)
 
 
 def test_batch_slots_are_room_too() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import xml.etree.ElementTree as ElementTree
 from array import array
@@ -18,9 +19,17 @@ from cluster.simulation import charts
 from cluster.simulation.decisions import DecisionLog, mean_regret
 from cluster.simulation.records import InstanceRecord, RequestRecord
 from cluster.simulation.report import FIGURES, html_report
-from cluster.simulation.results import _fairness, _fragmentation, statistics, summarize
+from cluster.simulation.results import (
+    _fairness,
+    _fragmentation,
+    latencies,
+    stages,
+    statistics,
+    summarize,
+)
 from cluster.simulation.settings import SimulateConfig, make_plan
 from cluster.simulation.simulation import Death, Simulation
+from instance.load import Role
 from instance.request import RequestClass
 from tests.unit.simulating import profile, scenario, simulate, workload
 
@@ -63,6 +72,20 @@ def test_preemption_loss_counts_to_the_next_token_beyond_the_running_step() -> N
     one.times.append(4.25)
     one.resumed()
     assert one.preemption_loss == pytest.approx(4.25 - 1.15 - 0.1)
+
+
+def test_the_stages_of_a_request_add_up_to_all_of_its_time() -> None:
+    roles = (("instance-0", Role.PREFILL), ("instance-1", Role.DECODE), ("instance-2", Role.DECODE))
+    one = scenario()
+    apart = dataclasses.replace(one, dispatcher=dataclasses.replace(one.dispatcher, roles=roles))
+    for told, moves in ((scenario(rebalance=False), False), (apart, True)):
+        outcome = simulate(told, workload(30, rate=4.0))[1]
+        assert all(done.arrival < done.started < done.times[0] for done in outcome.requests)
+        found = stages(outcome.requests)
+        whole = latencies(outcome.requests)["e2e"]["mean"]
+        assert sum(part["mean"] for part in found.values()) == pytest.approx(whole)
+        assert (found["transfer"]["max"] > 0) == moves
+        assert min(done.transfer for done in outcome.requests) >= 0
 
 
 def test_memory_is_fragmented_where_it_would_do_in_one_place() -> None:
