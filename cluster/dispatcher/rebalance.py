@@ -123,7 +123,8 @@ def without(view: LoadView, sequence: SequenceLoad, position: int | None) -> Loa
             free=view.free + sequence.blocks,
             running=view.running - 1,
             interactive=view.interactive - _is_interactive(sequence),
-            interactive_blocks=view.interactive_blocks - _is_interactive(sequence) * sequence.blocks,
+            interactive_blocks=view.interactive_blocks
+            - _is_interactive(sequence) * sequence.blocks,
         )
     waiting = view.waiting[:position] + view.waiting[position + 1 :]
     return replace(view, waiting=waiting)

@@ -117,9 +117,7 @@ def stages(done: Sequence[RequestRecord]) -> dict[str, dict[str, float]]:
         "prefill": _array(one.times[0] - one.started for one in done),
         "transfer": _array(one.transfer for one in done),
         "decode_queue": _array(one.joining for one in done),
-        "decode": _array(
-            one.ended - one.times[0] - one.transfer - one.joining for one in done
-        ),
+        "decode": _array(one.ended - one.times[0] - one.transfer - one.joining for one in done),
     }
     return {name: statistics(values) for name, values in parts.items()}
 

@@ -125,6 +125,7 @@ def test_interactive_requests_are_counted_with_their_kv_wherever_they_are(held, 
         (sequence(f"r{n}", blocks, request_class=kind), how)
         for n, (blocks, kind, how) in enumerate(held)
     ]
+    config = LoadConfig(headroom_blocks=30)
     load = InstanceLoad(info("i0", blocks=100), 0.0)
     there = tuple(one for one, how in found if how in ("reported", "ended"))
     load.accept(report("i0", 1, there, blocks=100), 0.0)
@@ -137,7 +138,7 @@ def test_interactive_requests_are_counted_with_their_kv_wherever_they_are(held, 
             load.charge(one, 0.0)
         elif how == "arriving":
             load.arrives(one, True)
-    view = load.view(0.0, LoadConfig(headroom_blocks=30))
+    view = load.view(0.0, config)
     left = [one for one, how in found if how != "ended" and one.request_class == INTERACTIVE]
     assert view.interactive == len(left)
     assert view.interactive_blocks == sum(one.blocks for one in left)

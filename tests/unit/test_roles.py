@@ -163,8 +163,7 @@ def test_only_ready_instances_with_a_role_change_and_both_kinds_remain(
     roles, states, rows, tokens, held
 ) -> None:
     views = [
-        replace(view(f"instance-{n}", role, rows), state=states[n])
-        for n, role in enumerate(roles)
+        replace(view(f"instance-{n}", role, rows), state=states[n]) for n, role in enumerate(roles)
     ]
     policy = Roles(CONFIG, lambda kind, reason, number: None)
     policy.update(views, 0, nobody, 0.0)
