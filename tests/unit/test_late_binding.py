@@ -130,7 +130,7 @@ def test_interactive_requests_are_counted_with_their_kv_wherever_they_are(held, 
     there = tuple(one for one, how in found if how in ("reported", "ended"))
     load.accept(report("i0", 1, there, blocks=100), 0.0)
     if seen:  # then sums are kept up to date, else they are made anew
-        load.view(0.0, LoadConfig())
+        load.view(0.0, config)
     for one, how in found:
         if how == "ended":
             load.ended(one.request_id, 1)
