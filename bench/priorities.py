@@ -164,9 +164,9 @@ def targets_of(cells: Cells) -> list[Target]:
 def show(cells: Cells) -> None:
     """A row per rate, burstiness and side, and over all: ratios to blind, with intervals."""
     every: list[tuple[float | None, float | None]] = []
-    for rate in sorted({rate for rate, _, _ in cells}):
-        every += [(rate, one) for one in sorted({one for at, one, _ in cells if at == rate})]
-        every.append((rate, None))
+    for given in sorted({at for at, _, _ in cells}):
+        every += [(given, one) for one in sorted({one for at, one, _ in cells if at == given})]
+        every.append((given, None))
     rows: list[Sequence[Any]] = []
     for rate, burstiness in (*every, (None, None)):
         for side in SIDES[1:]:
