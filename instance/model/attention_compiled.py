@@ -10,8 +10,8 @@ from torch import Tensor
 
 from instance.executor import Ints, StepBatch
 from instance.model.context import AttentionOptions
-from instance.model.kernels.attention import ATTENTION, MAX_HEAD_DIM, MAX_LANES, Attention
-from instance.model.kernels.launch import kernel
+from instance.model.kernels.paged import MAX_HEAD_DIM, MAX_LANES, Attention
+from instance.model.kernels.program import ATTENTION, PROGRAM, run_kernel
 
 ENDLESS = 1 << 40
 """A window that hides nothing."""
@@ -22,7 +22,8 @@ ITEMS_PER_THREAD = 4
 class CompiledAttention:
     """Paged attention by a kernel that reads the pool in place; an ``AttentionBackend``.
 
-    What the pool holds beyond a row's context is never read.
+    What the pool holds beyond a row's context is never read. ``of_layer`` and ``of_step`` are
+    for those that run the kernel among others.
 
     Args:
         kv: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim].
@@ -35,13 +36,12 @@ class CompiledAttention:
     def __init__(self, kv: Tensor, num_heads: int) -> None:
         self._num_layers, _, self._block_size, self._num_kv_heads, self._head_dim = kv.shape[1:]
         if (
-            kv.dtype not in ATTENTION
+            kv.dtype not in PROGRAM
             or self._head_dim % 16
             or self._head_dim > MAX_HEAD_DIM
             or num_heads > MAX_LANES * self._num_kv_heads
         ):
             raise ValueError("no kernel for this type or shape")
-        self._run = kernel(ATTENTION[kv.dtype])
         self._num_heads = num_heads
         self._layers = [kv[0, layer].data_ptr() for layer in range(self._num_layers)]
         self._strides = (kv.stride(0), kv.stride(2))
@@ -63,47 +63,58 @@ class CompiledAttention:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
     ) -> Tensor:
         """See ``AttentionBackend.attend``."""
-        batch = self._batch
-        assert batch is not None
         query, key, value = (
             one if one.stride(-1) == 1 else one.contiguous() for one in (query, key, value)
         )
         out = query.new_empty(1, query.shape[2], self._num_heads, self._head_dim)
+        sinks = None if options.sinks is None else options.sinks.float().contiguous()
+        arguments = Attention(
+            counter=0,
+            query=query.data_ptr(),
+            query_head=query.stride(1),
+            query_step=query.stride(2),
+            key=key.data_ptr(),
+            key_head=key.stride(1),
+            key_step=key.stride(2),
+            value=value.data_ptr(),
+            value_head=value.stride(1),
+            value_step=value.stride(2),
+            out=out.data_ptr(),
+            sinks=0 if sinks is None else sinks.data_ptr(),
+            **self.of_step(),
+            **self.of_layer(layer, options),
+        )
+        run_kernel(ATTENTION, query.dtype, arguments)
+        return out
+
+    def of_layer(self, layer: int, options: AttentionOptions) -> dict[str, int]:
+        """The arguments that are the same in all steps, but for sinks."""
         settings = self._settings.get((options.scaling, options.softcap))
         if settings is None:
             settings = np.array([options.scaling, options.softcap or 0], dtype=np.float32)
             self._settings[options.scaling, options.softcap] = settings
-        sinks = None if options.sinks is None else options.sinks.float().contiguous()
-        self._run(
-            Attention(
-                counter=0,
-                num_items=len(self._items),
-                items=self._items.ctypes.data,
-                tables=batch.block_tables.ctypes.data,
-                table_width=batch.block_tables.shape[1],
-                settings=settings.ctypes.data,
-                query=query.data_ptr(),
-                query_head=query.stride(1),
-                query_step=query.stride(2),
-                key=key.data_ptr(),
-                key_head=key.stride(1),
-                key_step=key.stride(2),
-                value=value.data_ptr(),
-                value_head=value.stride(1),
-                value_step=value.stride(2),
-                out=out.data_ptr(),
-                pool=self._layers[layer],
-                block_stride=self._strides[0],
-                half_stride=self._strides[1],
-                block_size=self._block_size,
-                num_heads=self._num_heads,
-                num_kv_heads=self._num_kv_heads,
-                head_dim=self._head_dim,
-                window=options.sliding_window or ENDLESS,
-                sinks=0 if sinks is None else sinks.data_ptr(),
-            )
-        )
-        return out
+        return {
+            "settings": settings.ctypes.data,
+            "pool": self._layers[layer],
+            "block_stride": self._strides[0],
+            "half_stride": self._strides[1],
+            "block_size": self._block_size,
+            "num_heads": self._num_heads,
+            "num_kv_heads": self._num_kv_heads,
+            "head_dim": self._head_dim,
+            "window": options.sliding_window or ENDLESS,
+        }
+
+    def of_step(self) -> dict[str, int]:
+        """The arguments that are the same for all layers of the prepared step."""
+        assert self._batch is not None
+        tables = self._batch.block_tables
+        return {
+            "num_items": len(self._items),
+            "items": self._items.ctypes.data,
+            "tables": tables.ctypes.data,
+            "table_width": tables.shape[1],
+        }
 
     def _plan(self, batch: StepBatch) -> Ints:
         """The items of a step, the long ones first, so that threads end together."""

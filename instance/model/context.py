@@ -73,6 +73,11 @@ def forward_context(backend: AttentionBackend) -> Iterator[None]:
         _context.backend = before
 
 
+def current_backend() -> AttentionBackend | None:
+    """The backend of the running forward pass on this thread, or None outside of one."""
+    return _context.backend
+
+
 def _attention(
     module: torch.nn.Module,
     query: Tensor,

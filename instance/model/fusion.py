@@ -20,19 +20,20 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from instance.model.context import AttentionOptions, forward_context
+from instance.model import panels
+from instance.model.context import AttentionBackend, forward_context
 from instance.model.packing import (
     ACTIVATIONS,
+    Activation,
     PackedLinear,
     PackedMlp,
+    PanelMlp,
     can_pack,
-    nearly_equal,
-    probe,
 )
 from instance.model.parts import RmsNorm, Rotary
+from instance.model.probing import Causal, nearly_equal, probe
 from instance.model.support import text_config
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -41,6 +42,8 @@ HALF_TOLERANCE = 0.03
 MODEL_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """The same for the logits of the whole model."""
 HALF_MODEL_TOLERANCE = 0.2
+PROBED = 12
+"""Tokens that the model is tried on."""
 ROTARY = "apply_rotary_pos_emb"
 """The function that the attention layers of transformers call by this global name."""
 
@@ -81,6 +84,7 @@ def optimise(model: PreTrainedModel) -> bool:
             if isinstance(module, PackedLinear):
                 module.pack()
         _replace_mlps(model, model.dtype)
+        _flatten_layers(model, before)
         _release_freed_memory()
     return True
 
@@ -91,22 +95,10 @@ def _release_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-class _Causal:
-    """Attention of one sequence over itself, for a pass without KV."""
-
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
-    ) -> Tensor:
-        out = scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=options.scaling, enable_gqa=True
-        )
-        return out.transpose(1, 2)
-
-
-def _logits(model: PreTrainedModel) -> Tensor:
-    ids = torch.arange(11, 23)[None] % text_config(model.config).vocab_size
-    positions = torch.arange(ids.shape[1])[None]
-    with torch.inference_mode(), forward_context(_Causal()):
+def _logits(model: PreTrainedModel, backend: AttentionBackend | None = None) -> Tensor:
+    ids = torch.arange(11, 11 + PROBED)[None] % text_config(model.config).vocab_size
+    positions = torch.arange(PROBED)[None]
+    with torch.inference_mode(), forward_context(backend or Causal()):
         logits: Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     return logits
 
@@ -265,16 +257,50 @@ def _replace_mlps(model: nn.Module, dtype: torch.dtype) -> None:
     """Gated MLPs of packed layers, where the two agree on some input."""
     for parent, name, child in _children(model):
         layers = [getattr(child, part, None) for part in ("gate_proj", "up_proj", "down_proj")]
-        packed = [one for one in layers if isinstance(one, PackedLinear) and one.packed is not None]
+        packed = [one for one in layers if isinstance(one, PackedLinear) and one.is_packed]
         activate = getattr(child, "act_fn", None)
         if len(packed) < len(layers) or not callable(activate):
             continue
         x = probe(packed[0].in_features, dtype)
         tolerance = TOLERANCE.get(dtype, HALF_TOLERANCE)
-        for known, algorithm, function in ACTIVATIONS:
-            if not nearly_equal(function(x), activate(x), tolerance):
+        for activation in ACTIVATIONS:
+            if not nearly_equal(activation[-1](x), activate(x), tolerance):
                 continue
-            mlp = PackedMlp(packed[0], packed[1], packed[2], (known, algorithm))
-            if nearly_equal(child(x), mlp(x), tolerance):
+            mlp = _mlp(*packed, activation)
+            if mlp is not None and nearly_equal(child(x), mlp(x), tolerance):
                 setattr(parent, name, mlp)
                 break
+
+
+def _mlp(
+    gate: PackedLinear, up: PackedLinear, down: PackedLinear, activation: Activation
+) -> PanelMlp | PackedMlp | None:
+    name, algorithm, number, _ = activation
+    if gate.packed is not None and up.packed is not None:
+        return PackedMlp(gate, up, down, (name, algorithm))
+    by_kernels = gate.panels is not None and up.panels is not None
+    if by_kernels and number and gate.bias is None and up.bias is None:
+        return PanelMlp(gate, up, down, number)
+    return None
+
+
+def _flatten_layers(model: PreTrainedModel, before: Tensor) -> None:
+    """Have all decoder layers run as one, if they are alike and the logits stay what they were."""
+    if not panels.available(model.dtype):
+        return
+    from instance.model.decoder import flatten
+
+    tolerance = TOLERANCE.get(model.dtype, HALF_TOLERANCE)
+    for parent, name, child in _children(model):
+        if isinstance(child, nn.ModuleList) and len(child) > 0 and hasattr(child[0], "self_attn"):
+            flat = flatten(child, tolerance)
+            if flat is None:
+                continue
+            setattr(parent, name, nn.ModuleList([flat]))
+            found = _logits(model, flat.trial(PROBED))
+            if not nearly_equal(
+                before, found, MODEL_TOLERANCE.get(model.dtype, HALF_MODEL_TOLERANCE)
+            ):
+                kind = model.config.model_type
+                logger.warning("%s keeps its layers: its output would differ", kind)
+                setattr(parent, name, child)

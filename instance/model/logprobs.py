@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -34,9 +36,7 @@ class RawLogprobs:
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         self._logprobs = chosen.log_softmax(dim=-1, dtype=dtype)
         most = min(max(asked.values()), logits.shape[1])
-        top, ids = self._logprobs.topk(most, dim=-1)
-        self._top: list[list[float]] = top.float().tolist()
-        self._ids: list[list[int]] = ids.tolist()
+        self._top = self._logprobs.topk(most, dim=-1)
 
     def of(self, tokens: Ints) -> dict[int, TokenLogprobs]:
         """Log-probabilities by row of those that ask.
@@ -44,15 +44,39 @@ class RawLogprobs:
         Args:
             tokens: [S] tokens drawn.
         """
+        return self.fetch(torch.from_numpy(tokens))()
+
+    def fetch(self, tokens: Tensor) -> Callable[[], dict[int, TokenLogprobs]]:
+        """Begin to copy what is asked for to the host.
+
+        Args:
+            tokens: [S] tokens drawn, where the logits are.
+
+        Returns:
+            Gives the log-probabilities by row of those that ask; call it when the device has
+            done what was launched until now.
+        """
         if not self._asked:
-            return {}
-        drawn = torch.from_numpy(tokens[list(self._asked)])[:, None]
-        figures: list[float] = (
-            self._logprobs.gather(1, drawn.to(self._logprobs.device))[:, 0].float().tolist()
-        )
-        return {
-            i: TokenLogprobs(
-                figures[at], tuple(self._ids[at][:count]), tuple(self._top[at][:count])
-            )
-            for at, (i, count) in enumerate(self._asked.items())
-        }
+            return dict
+        asked = list(self._asked.items())
+        drawn = tokens[[i for i, _ in asked]][:, None]
+        figures = _to_host(self._logprobs.gather(1, drawn)[:, 0].float())
+        top, ids = _to_host(self._top.values.float()), _to_host(self._top.indices)
+
+        def read() -> dict[int, TokenLogprobs]:
+            rows = zip(asked, figures.tolist(), ids.tolist(), top.tolist(), strict=True)
+            return {
+                i: TokenLogprobs(figure, tuple(names[:count]), tuple(values[:count]))
+                for (i, count), figure, names, values in rows
+            }
+
+        return read
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """The tensor in host memory, once the device has done what was launched until now."""
+    if tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    return host

@@ -24,6 +24,10 @@ class RmsNorm(nn.Module):
         weight: [width] factors.
         eps: Added to the mean square.
         wide: Multiply in float32 where the weight is float32 and the input is not.
+
+    Attributes:
+        in_lanes: Kernels can compute it.
+        addresses: The width, and for kernels where its factors and what is added lie.
     """
 
     def __init__(self, weight: Tensor, eps: float, wide: bool) -> None:
@@ -33,28 +37,26 @@ class RmsNorm(nn.Module):
         # Parameters are slow to look up.
         self._settings = ((width,), self.weight.data, eps)
         self._wide = wide
-        self._in_lanes = width % 16 == 0
+        self.in_lanes = width % 16 == 0
         self._weight = weight.detach().float().contiguous()
         self._eps = torch.tensor([eps], dtype=torch.float32)
-        self._addresses = (width, self._weight.data_ptr(), self._eps.data_ptr())
+        self.addresses = (width, self._weight.data_ptr(), self._eps.data_ptr())
 
     def forward(self, x: Tensor) -> Tensor:
         """The shape and type of ``x``, normalised over the last dimension."""
-        if self._in_lanes and x.is_contiguous() and usable(x.dtype):
+        if self.in_lanes and x.is_contiguous() and usable(x.dtype):
             return self._by_kernel(x)
         if self._wide:
             return rms_norm(x.float(), *self._settings).to(x.dtype)
         return rms_norm(x, *self._settings)
 
     def _by_kernel(self, x: Tensor) -> Tensor:
-        from instance.model.kernels.launch import kernel
-        from instance.model.kernels.rows import NORM
+        from instance.model.kernels.program import NORM, run_kernel
 
-        width, weight, eps = self._addresses
+        width, weight, eps = self.addresses
         out, count = torch.empty_like(x), x.numel()
-        kernel(NORM[x.dtype])(
-            (0, count // width, width, x.data_ptr(), out.data_ptr(), weight, eps), count < GRAIN
-        )
+        arguments = (0, count // width, width, x.data_ptr(), out.data_ptr(), weight, eps)
+        run_kernel(NORM, x.dtype, arguments, count < GRAIN)
         return out
 
 
@@ -90,21 +92,18 @@ class Rotary:
         return self._by_operators(q, k, cos, sin, unsqueeze_dim)
 
     def _by_kernel(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        from instance.model.kernels.launch import kernel
-        from instance.model.kernels.rows import ROTARY
+        from instance.model.kernels.program import ROTARY, run_kernel
 
         _, heads, positions, size = q.shape
         kv_heads = k.shape[1]
         out = q.new_empty(1, positions, heads, size)
         key_out = k.new_empty(1, positions, kv_heads, size)
-        kernel(ROTARY[q.dtype])(
-            (
-                *(0, positions, size, cos.data_ptr(), sin.data_ptr()),
-                *(q.data_ptr(), heads, q.stride(1), q.stride(2), out.data_ptr()),
-                *(k.data_ptr(), kv_heads, k.stride(1), k.stride(2), key_out.data_ptr()),
-            ),
-            q.numel() < GRAIN,
+        arguments = (
+            *(0, positions, size, cos.data_ptr(), sin.data_ptr()),
+            *(q.data_ptr(), heads, q.stride(1), q.stride(2), out.data_ptr()),
+            *(k.data_ptr(), kv_heads, k.stride(1), k.stride(2), key_out.data_ptr()),
         )
+        run_kernel(ROTARY, q.dtype, arguments, q.numel() < GRAIN)
         return out.transpose(1, 2), key_out.transpose(1, 2)
 
     def _by_operators(

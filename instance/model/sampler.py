@@ -44,8 +44,7 @@ def sample(logits: Tensor, batch: StepBatch) -> Ints:
     Returns:
         [S] token ids.
     """
-    logits = adjust(logits, batch)
-    _mask_stop_tokens(logits, batch)
+    logits = adjusted(logits, batch)
     if logits.dtype.itemsize < 4:
         logits = logits.float()
     values = logits.cpu().numpy()
@@ -61,12 +60,28 @@ def sample(logits: Tensor, batch: StepBatch) -> Ints:
     return tokens
 
 
-def _mask_stop_tokens(logits: Tensor, batch: StepBatch) -> None:
+def adjusted(logits: Tensor, batch: StepBatch) -> Tensor:
+    """Logits after bias and penalties, with -inf for what may not be drawn yet.
+
+    Args:
+        logits: [S, V]; may be changed in place.
+        batch: As for ``sample``.
+    """
+    logits = adjust(logits, batch)
     for i, params in enumerate(batch.sampling):
         # What a grammar allows takes them into account.
         if batch.num_outputs[i] < params.min_tokens and i not in batch.grammars:
             ids = [token for token in batch.stop_token_ids[i] if 0 <= token < logits.shape[1]]
             logits[i, ids] = -torch.inf
+    return logits
+
+
+def needs_adjusting(batch: StepBatch) -> bool:
+    """Some row has a bias, penalties, or tokens that may not be drawn yet."""
+    return any(
+        params.logit_bias or params.penalizes or count < params.min_tokens
+        for params, count in zip(batch.sampling, batch.num_outputs, strict=True)
+    )
 
 
 def _draw(row: Row, params: SamplingParams, key: np.uint64) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from instance.executor import StepBatch
-from instance.model.attention_cpu import CpuAttention
+from instance.model.attention import make_attention
 from instance.model.context import AttentionOptions, forward_context
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -191,7 +191,8 @@ def check_chunked(model: PreTrainedModel, shape: AttentionShape) -> None:
     parameter = next(model.parameters())
     size, blocks = 4, 8
     dims = (blocks, shape.num_layers, 2, size, shape.num_kv_heads, shape.head_dim)
-    attention = CpuAttention(torch.full(dims, torch.nan, dtype=parameter.dtype))
+    heads = text_config(model.config).num_attention_heads
+    attention = make_attention(torch.full(dims, torch.nan, dtype=parameter.dtype), heads)
     ids = np.arange(20, 30) % text_config(model.config).vocab_size
     ones, others = ids[:7], ids[:-5:-1]
 

@@ -17,7 +17,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNor
 from instance.model import fusion, packing
 from instance.model.fusion import JoinedLinear, RmsNorm, optimise
 from instance.model.loader import load_model
-from instance.model.packing import PackedLinear, PackedMlp, can_pack, nearly_equal
+from instance.model.packing import PackedLinear, PackedMlp, can_pack
+from instance.model.probing import nearly_equal
 from tests.integration.models import ARCHITECTURES, make_tiny_model
 
 CPU = torch.device("cpu")
@@ -69,7 +70,7 @@ def test_what_is_exchanged(dtype: str, tmp_path: Path) -> None:
     assert found[PackedLinear] == 2 + 2 + 1 + 6
     for module in model.modules():
         if isinstance(module, PackedLinear):
-            assert module.packed is not None
+            assert module.is_packed
             assert not list(module.parameters())
         if isinstance(module, LlamaAttention):
             assert "forward" in vars(module)
@@ -82,7 +83,7 @@ def test_float64_keeps_its_norms_and_weights(tmp_path: Path) -> None:
     assert found[LlamaRMSNorm] == 5
     assert found[JoinedLinear] == 6
     assert found[PackedMlp] == 0
-    assert all(m.packed is None for m in model.modules() if isinstance(m, PackedLinear))
+    assert not any(m.is_packed for m in model.modules() if isinstance(m, PackedLinear))
 
 
 def test_a_model_that_cannot_stays_as_it_is(tmp_path: Path) -> None:

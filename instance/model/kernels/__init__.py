@@ -20,12 +20,10 @@ def usable(dtype: torch.dtype) -> bool:
     if dtype not in (torch.bfloat16, torch.float32):
         return False
     try:
-        from instance.model.kernels.attention import ATTENTION
         from instance.model.kernels.launch import kernel
-        from instance.model.kernels.rows import NORM, ROTARY
+        from instance.model.kernels.program import PROGRAM
 
-        for functions in (ATTENTION, NORM, ROTARY):
-            kernel(functions[dtype])
+        kernel(PROGRAM[dtype])
     except Exception:
         logger.warning("no kernels can be compiled here: the model runs slower", exc_info=True)
         return False

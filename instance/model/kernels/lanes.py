@@ -24,10 +24,10 @@ intrinsic: Any = _intrinsic
 
 WIDTH = 16
 
-_FLOATS = ir.VectorType(ir.FloatType(), WIDTH)
-_WORDS = ir.VectorType(ir.IntType(32), WIDTH)
+FLOATS = ir.VectorType(ir.FloatType(), WIDTH)
+WORDS = ir.VectorType(ir.IntType(32), WIDTH)
 _HALVES = ir.VectorType(ir.IntType(16), WIDTH)
-_ELEMENTS = {types.uint16: (ir.IntType(16), _HALVES), types.float32: (ir.FloatType(), _FLOATS)}
+_ELEMENTS = {types.uint16: (ir.IntType(16), _HALVES), types.float32: (ir.FloatType(), FLOATS)}
 
 
 class _Lanes(types.Type):
@@ -41,10 +41,10 @@ lanes = _Lanes()
 @register_model(_Lanes)
 class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager: Any, type_: _Lanes) -> None:
-        super().__init__(manager, type_, _FLOATS)
+        super().__init__(manager, type_, FLOATS)
 
 
-def _splat(builder: Any, value: Any, type_: ir.VectorType) -> Any:
+def splat_ir(builder: Any, value: Any, type_: ir.VectorType) -> Any:
     zero = ir.Constant(ir.IntType(32), 0)
     first = builder.insert_element(ir.Constant(type_, ir.Undefined), value, zero)
     mask = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), [0] * WIDTH)
@@ -52,7 +52,7 @@ def _splat(builder: Any, value: Any, type_: ir.VectorType) -> Any:
 
 
 def _words(value: int) -> ir.Constant:
-    return ir.Constant(_WORDS, [value] * WIDTH)
+    return ir.Constant(WORDS, [value] * WIDTH)
 
 
 def _call(builder: Any, name: str, result: Any, *args: Any) -> Any:
@@ -81,8 +81,8 @@ def load(context: Any, pointer: Any, offset: Any) -> Any:
         at = _at(pointer.dtype, builder, *args)
         if pointer.dtype == types.float32:
             return builder.load(at, align=4)
-        words = builder.zext(builder.load(at, align=2), _WORDS)
-        return builder.bitcast(builder.shl(words, _words(16)), _FLOATS)
+        words = builder.zext(builder.load(at, align=2), WORDS)
+        return builder.bitcast(builder.shl(words, _words(16)), FLOATS)
 
     return lanes(pointer, types.int64), generate
 
@@ -117,7 +117,7 @@ def store(context: Any, pointer: Any, offset: Any, value: Any) -> Any:
         if pointer.dtype == types.float32:
             builder.store(args[2], at, align=4)
             return context.get_dummy_value()
-        bits = builder.bitcast(args[2], _WORDS)
+        bits = builder.bitcast(args[2], WORDS)
         odd = builder.and_(builder.lshr(bits, _words(16)), _words(1))
         rounded = builder.add(bits, builder.add(odd, _words(0x7FFF)))
         nan = builder.fcmp_unordered("uno", args[2], args[2])
@@ -149,7 +149,7 @@ def splat(context: Any, value: Any) -> Any:
     """One float in all lanes."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _splat(builder, args[0], _FLOATS)
+        return splat_ir(builder, args[0], FLOATS)
 
     return lanes(types.float32), generate
 
@@ -173,7 +173,7 @@ def fma(context: Any, a: Any, b: Any, c: Any) -> Any:
     """a * b + c, rounded once where the processor can."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _call(builder, f"llvm.fmuladd.v{WIDTH}f32", _FLOATS, *args)
+        return _call(builder, f"llvm.fmuladd.v{WIDTH}f32", FLOATS, *args)
 
     return lanes(lanes, lanes, lanes), generate
 
@@ -193,7 +193,7 @@ def total(context: Any, value: Any) -> Any:
     """The sum over the lanes, in an order that suits the processor."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), _FLOATS])
+        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), FLOATS])
         name = f"llvm.vector.reduce.fadd.v{WIDTH}f32"
         function = cgutils.get_or_insert_function(builder.module, kind, name)
         zero = ir.Constant(ir.FloatType(), -0.0)
@@ -248,10 +248,21 @@ def lowest_lane(context: Any, value: Any) -> Any:
 
 @intrinsic
 def highest(context: Any, value: Any) -> Any:
-    """The largest lane that is not NaN."""
+    """The largest lane; of NaN and a number either may count."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _call(builder, f"llvm.vector.reduce.fmax.v{WIDTH}f32", ir.FloatType(), args[0])
+        both = args[0]
+        for width in (8, 4, 2, 1):
+            low, high = (
+                builder.shuffle_vector(
+                    both,
+                    both,
+                    ir.Constant(ir.VectorType(ir.IntType(32), width), list(range(at, at + width))),
+                )
+                for at in (0, width)
+            )
+            both = builder.select(builder.fcmp_ordered("<", low, high), high, low)
+        return builder.extract_element(both, ir.Constant(ir.IntType(32), 0))
 
     return types.float32(lanes), generate
 
@@ -261,7 +272,7 @@ def counted(context: Any) -> Any:
     """0, 1, 2 and so on."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return ir.Constant(_FLOATS, [float(lane) for lane in range(WIDTH)])
+        return ir.Constant(FLOATS, [float(lane) for lane in range(WIDTH)])
 
     return lanes(), generate
 
@@ -281,8 +292,8 @@ def _two_to(context: Any, shifted: Any) -> Any:
     """2 to the whole number that was added to 1.5 * 2 ** 23, from -126 to 127."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits = builder.shl(builder.bitcast(args[0], _WORDS), _words(23))
-        return builder.bitcast(builder.add(bits, _words(127 << 23)), _FLOATS)
+        bits = builder.shl(builder.bitcast(args[0], WORDS), _words(23))
+        return builder.bitcast(builder.add(bits, _words(127 << 23)), FLOATS)
 
     return lanes(lanes), generate
 
@@ -366,3 +377,15 @@ def take_next(context: Any, counter: Any) -> Any:
         return builder.atomic_rmw("add", args[0], one, "monotonic")
 
     return types.int64(types.CPointer(types.int64)), generate
+
+
+@intrinsic
+def call(context: Any, address: Any) -> Any:
+    """Call a function without arguments or result."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.none(types.int64), generate

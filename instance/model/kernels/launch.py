@@ -33,18 +33,36 @@ class Kernel(Protocol):
         """On as many threads as torch uses, or on this one ``alone``."""
 
 
-@functools.cache
-def _parallel_region() -> Any:
-    """``GOMP_parallel(function, argument, threads, flags)`` of torch's OpenMP, or None."""
+def _of_openmp(name: str) -> Any:
+    """A function of torch's OpenMP, or None."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
         # What a library was linked to is found through it.
-        enter = ctypes.CDLL(str(library)).GOMP_parallel
+        return getattr(ctypes.CDLL(str(library)), name)
     except (OSError, AttributeError):
         return None
-    enter.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    enter.restype = None
+
+
+@functools.cache
+def _parallel_region() -> Any:
+    """``GOMP_parallel(function, argument, threads, flags)``, or None."""
+    enter = _of_openmp("GOMP_parallel")
+    if enter is not None:
+        enter.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        enter.restype = None
     return enter
+
+
+@functools.cache
+def barrier() -> int:
+    """Address of a function in which the threads of a running kernel wait for each other.
+
+    It is 0 where kernels never run on several.
+    """
+    wait = _of_openmp("GOMP_barrier")
+    if wait is None or _parallel_region() is None:
+        return 0
+    return ctypes.cast(wait, ctypes.c_void_p).value or 0
 
 
 @functools.cache
@@ -67,14 +85,9 @@ def _own_cache() -> Iterator[None]:
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """A part of kernels, which numba compiles when one that calls it is."""
+    """A part of kernels, which numba compiles into those that call it."""
     with _own_cache():
-        return njit(cache=True, error_model="numpy")(function)
-
-
-def inlined(function: Callable[..., Any]) -> Any:
-    """A part that is compiled into those that call it: what is constant there is so in it."""
-    with _own_cache():
+        # So that what is constant where it is called is constant in it too.
         return njit(cache=True, error_model="numpy", forceinline=True)(function)
 
 
@@ -85,7 +98,7 @@ def kernel(function: Callable[..., None]) -> Kernel:
         code: Any = cfunc("void(CPointer(int64))", cache=True, error_model="numpy")(function)
     address: int = code.address
     call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
-    enter = _parallel_region()
+    enter = _parallel_region() if barrier() else None
 
     def run(arguments: tuple[int, ...], alone: bool = False) -> None:
         space = (ctypes.c_int64 * (len(arguments) + 1))(*arguments, 0)

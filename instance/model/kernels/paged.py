@@ -13,13 +13,15 @@ from instance.model.kernels.lanes import (
     scratch,
     store,
 )
-from instance.model.kernels.launch import inlined
+from instance.model.kernels.launch import compiled
 
 MAX_HEAD_DIM = 256
 MAX_LANES = 64
 """Queries, times the heads of one KV head, that an item holds at most; a multiple of 16."""
 KEYS = 32
 """Keys whose K and V are laid out at a time for several queries; a multiple of 8."""
+MANY_KEYS = 64
+"""The same for a single query."""
 NONE = -1e30
 """A score that weighs nothing; finite, since infinities cancel to NaN."""
 
@@ -96,10 +98,10 @@ KEY_SPACE = KEYS * MAX_HEAD_DIM
 KEY_SCORES = KEYS * 16
 
 
-@inlined
-def store_new(a, item, head, pool, key, value):
+@compiled
+def store_new(a, dim, item, head, pool, key, value):
     """Write the item's own K and V of a head into the pool."""
-    dim, size = a[A.head_dim], a[A.block_size]
+    size = a[A.block_size]
     table = pointer(a[A.tables], types.int64)
     first_block = item[I.row] * a[A.table_width]
     for i in range(item[I.first], item[I.last]):
@@ -114,17 +116,17 @@ def store_new(a, item, head, pool, key, value):
             copy(pool, slot + a[A.half_stride] + c, value, v + c)
 
 
-@inlined
-def find(a, row, head, first, count, offsets):
+@compiled
+def find(a, dim, row, head, first, count, offsets):
     """Offsets in the pool of K of a head at positions [first, first + count) of a row."""
-    size, step = a[A.block_size], a[A.num_kv_heads] * a[A.head_dim]
+    size, step = a[A.block_size], a[A.num_kv_heads] * dim
     table = pointer(a[A.tables], types.int64)
     block = first // size
     within = first - block * size
     entry = row * a[A.table_width] + block
     done = 0
     while done < count:
-        base = table[entry] * a[A.block_stride] + head * a[A.head_dim]
+        base = table[entry] * a[A.block_stride] + head * dim
         end = min(size, within + count - done)
         for i in range(within, end):
             offsets[done] = base + i * step
@@ -133,13 +135,13 @@ def find(a, row, head, first, count, offsets):
         within = 0
 
 
-@inlined
-def lay_out(a, item, head, first, count, pool, key, value, keys, values):
+@compiled
+def lay_out(a, dim, item, head, first, count, pool, key, value, keys, values):
     """K and V of positions [first, first + count) as float32, [count, head_dim] each."""
-    dim, half = a[A.head_dim], a[A.half_stride]
-    offsets = scratch(KEYS, types.int64)
+    half = a[A.half_stride]
+    offsets = scratch(MANY_KEYS, types.int64)
     stored = max(0, min(count, item[I.begin] - first))
-    find(a, item[I.row], head, first, stored, offsets)
+    find(a, dim, item[I.row], head, first, stored, offsets)
     for j in range(stored):
         for c in range(0, dim, 16):
             store(keys, j * dim + c, load(pool, offsets[j] + c))

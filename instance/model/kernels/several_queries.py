@@ -100,8 +100,7 @@ def _weigh(a, scores, count, start, newest, oldest, masked, most):
 
 
 @compiled
-def several_queries(a, item, pool, query, key, value, out):
-    dim = a[A.head_dim]
+def several_queries(a, dim, item, pool, query, key, value, out):
     group = a[A.num_heads] // a[A.num_kv_heads]
     settings = pointer(a[A.settings], types.float32)
     scale = splat(settings[0])
@@ -128,7 +127,7 @@ def several_queries(a, item, pool, query, key, value, out):
         newest[lane] = at
         oldest[lane] = max(0, at - a[A.window] + 1)
     for head in range(item[I.first_head], item[I.last_head]):
-        store_new(a, item, head, pool, key, value)
+        store_new(a, dim, item, head, pool, key, value)
         for lane in range(padded):
             i, g = min(lane, lanes - 1) // group, min(lane, lanes - 1) % group
             q = (head * group + g) * a[A.query_head] + (first + i) * a[A.query_step]
@@ -145,7 +144,7 @@ def several_queries(a, item, pool, query, key, value, out):
             store(sums, to, splat(types.float32(0)))
         for start in range(max(0, position - a[A.window] + 1), end, KEYS):
             count = min(KEYS, end - start)
-            lay_out(a, item, head, start, count, pool, key, value, keys, values)
+            lay_out(a, dim, item, head, start, count, pool, key, value, keys, values)
             for lane in range(0, padded, 16):
                 if newest[lane + 15] < start or oldest[lane] > start + count - 1:
                     continue
