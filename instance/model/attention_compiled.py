@@ -10,8 +10,9 @@ from torch import Tensor
 
 from instance.executor import Ints, StepBatch
 from instance.model.context import AttentionOptions
+from instance.model.kernels.attention import DTYPES, attention
+from instance.model.kernels.launch import kernel
 from instance.model.kernels.paged import MAX_HEAD_DIM, MAX_LANES, Attention
-from instance.model.kernels.program import ATTENTION, PROGRAM, run_kernel
 
 ENDLESS = 1 << 40
 """A window that hides nothing."""
@@ -36,12 +37,13 @@ class CompiledAttention:
     def __init__(self, kv: Tensor, num_heads: int) -> None:
         self._num_layers, _, self._block_size, self._num_kv_heads, self._head_dim = kv.shape[1:]
         if (
-            kv.dtype not in PROGRAM
+            kv.dtype not in DTYPES
             or self._head_dim % 16
             or self._head_dim > MAX_HEAD_DIM
             or num_heads > MAX_LANES * self._num_kv_heads
         ):
             raise ValueError("no kernel for this type or shape")
+        self._run = kernel(attention(kv.dtype, self._head_dim))
         self._num_heads = num_heads
         self._layers = [kv[0, layer].data_ptr() for layer in range(self._num_layers)]
         self._strides = (kv.stride(0), kv.stride(2))
@@ -84,7 +86,7 @@ class CompiledAttention:
             **self.of_step(),
             **self.of_layer(layer, options),
         )
-        run_kernel(ATTENTION, query.dtype, arguments)
+        self._run(arguments)
         return out
 
     def of_layer(self, layer: int, options: AttentionOptions) -> dict[str, int]:

@@ -16,21 +16,21 @@ from torch import Tensor, nn
 
 from instance.executor import StepBatch
 from instance.model.attention_compiled import CompiledAttention
-from instance.model.context import AttentionOptions, current_backend, forward_context
+from instance.model.context import AttentionOptions, current_backend
+from instance.model.kernels.attention import attention
 from instance.model.kernels.launch import barrier, kernel
 from instance.model.kernels.paged import Attention
-from instance.model.kernels.products import Product
-from instance.model.kernels.program import ATTENTION, NORM, PRODUCT, PROGRAM, ROTARY
-from instance.model.kernels.rows import Norm, Rotary
+from instance.model.kernels.products import PRODUCT, Product
+from instance.model.kernels.program import program
+from instance.model.kernels.rows import NORM, ROTARY, Norm, Rotary
 from instance.model.packing import PackedLinear, PanelMlp
 from instance.model.parts import RmsNorm
-from instance.model.probing import Causal, nearly_equal, probe
 
-KINDS = (NORM, PRODUCT, ROTARY, ATTENTION, PRODUCT, NORM, PRODUCT, PRODUCT)
-"""The kernels of a layer, in their order."""
-ATTEND = KINDS.index(ATTENTION)
-ROTATE = KINDS.index(ROTARY)
-OTHERS = [index for index, kind in enumerate(KINDS) if kind != ATTENTION]
+BEFORE, AFTER = (NORM, PRODUCT, ROTARY), (PRODUCT, NORM, PRODUCT, PRODUCT)
+"""The kernels of a layer before and after the attention, in their order."""
+ROTATE, ATTEND = BEFORE.index(ROTARY), len(BEFORE)
+LENGTH = len(BEFORE) + 1 + len(AFTER)
+OTHERS = [index for index in range(LENGTH) if index != ATTEND]
 FIELDS = len(Attention._fields)
 """More than any other kernel has."""
 
@@ -43,7 +43,7 @@ class Layer(NamedTuple):
         joined: Query, key and value.
         output: Of the attention.
         mlp: The gated MLP.
-        index: Its number in the KV pool.
+        place: Its number in the KV pool.
         options: What it asks of its attention.
     """
 
@@ -52,7 +52,7 @@ class Layer(NamedTuple):
     output: PackedLinear
     second_norm: RmsNorm
     mlp: PanelMlp
-    index: int
+    place: int
     options: AttentionOptions
 
 
@@ -98,13 +98,19 @@ class FlatDecoder(nn.Module):
         assert weight is not None
         self.dtype = weight.dtype
         self.width = layers[0].output.out_features
-        self._run = kernel(PROGRAM[self.dtype])
-        count = len(layers) * len(KINDS)
-        self._arguments = np.zeros((len(layers), len(KINDS), FIELDS), dtype=np.int64)
+        self._run = kernel(program)
+        count = len(layers) * LENGTH
+        self._arguments = np.zeros((len(layers), LENGTH, FIELDS), dtype=np.int64)
         self._counters = np.zeros(count, dtype=np.int64)
         addresses = self._arguments.ctypes.data + 8 * FIELDS * np.arange(count)
+        functions = [
+            *(kind[self.dtype] for kind in BEFORE),
+            attention(self.dtype, size),
+            *(kind[self.dtype] for kind in AFTER),
+        ]
+        codes = [kernel(function).address for function in functions]
         self._kernels = np.ascontiguousarray(
-            np.stack([np.tile(KINDS, len(layers)), addresses], axis=1), dtype=np.int64
+            np.stack([np.tile(codes, len(layers)), addresses], axis=1), dtype=np.int64
         )
         counters = self._counters.ctypes.data + 8 * np.arange(count)
         self._arguments[:, :, 0] = counters.reshape(len(layers), -1)
@@ -116,7 +122,7 @@ class FlatDecoder(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("replaced")[0], name)
+            return getattr(vars(self)["_before"][0], name)
 
     def forward(
         self,
@@ -169,14 +175,14 @@ class FlatDecoder(nn.Module):
             arguments[:, ATTEND, Attention._fields.index(name)] = value
         self._counters.fill(0)
         space.x[:count] = x[0]
-        each = len(KINDS)
+        each = LENGTH
         address = self._kernels.ctypes.data + 16 * each * first
         self._run((0, each * (last - first), address, barrier()))
         return space.x[None, :count].clone()
 
     def trial(self, count: int) -> CompiledAttention:
         """Attention with a KV pool for a sequence of so many positions alone."""
-        layers = 1 + max(layer.index for layer in self._layers)
+        layers = 1 + max(layer.place for layer in self._layers)
         return paged_trial(layers, self._layers[0], self._size, count)
 
     def _bind(self, count: int, backend: CompiledAttention) -> Workspace:
@@ -231,7 +237,7 @@ class FlatDecoder(nn.Module):
             value_step=space.joined.shape[1],
             out=space.attended.data_ptr(),
             sinks=0,
-            **backend.of_layer(layer.index, layer.options),
+            **backend.of_layer(layer.place, layer.options),
             **backend.of_step(),
         )
 
@@ -299,89 +305,3 @@ def paged_trial(num_layers: int, layer: Layer, size: int, count: int) -> Compile
         )
     )
     return backend
-
-
-def flatten(layers: nn.ModuleList, tolerance: float) -> FlatDecoder | None:
-    """What computes all that ``layers`` do, or None if there is none.
-
-    Args:
-        layers: Modules, perhaps decoder layers of transformers with exchanged parts.
-        tolerance: Largest difference of a layer's output, relative to its largest value.
-    """
-    size = getattr(getattr(layers[0], "self_attn", None), "head_dim", None)
-    if not isinstance(size, int) or size % 32:
-        return None
-    try:
-        with torch.inference_mode():
-            found = [_take_apart(layer, size) for layer in layers]
-            known = [layer for layer in found if layer is not None]
-            if len(known) < len(found) or not _alike(known):
-                return None
-            backend = paged_trial(1 + max(one.index for one in known), known[0], size, 3)
-            flat = FlatDecoder(layers, known, size)
-            same = all(
-                _same(layer, flat, number, backend, size, tolerance)
-                for number, layer in enumerate(layers)
-            )
-    except (TypeError, ValueError, AttributeError, RuntimeError):
-        # Another signature, or other parts than these.
-        return None
-    return flat if same else None
-
-
-def _take_apart(layer: Any, size: int) -> Layer | None:
-    attention = layer.self_attn
-    # Not asked by the name of its type, which would import in a circle.
-    joined = getattr(getattr(attention.q_proj, "joined", None), "linear", None)
-    parts = (joined, attention.o_proj, layer.mlp.down)
-    if not all(isinstance(one, PackedLinear) and one.panels is not None for one in parts):
-        return None
-    norms = (layer.input_layernorm, layer.post_attention_layernorm)
-    if not all(isinstance(one, RmsNorm) and one.in_lanes for one in norms):
-        return None
-    backend = Causal()
-    x = probe(attention.o_proj.out_features, joined.panels.dtype)
-    with forward_context(backend):
-        layer(x, position_embeddings=_embeddings(size, x.dtype))
-    if len(backend.asked) != 1:
-        return None
-    index, options = backend.asked[0]
-    if options.sinks is not None or not isinstance(layer.mlp, PanelMlp):
-        return None
-    return Layer(norms[0], joined, attention.o_proj, norms[1], layer.mlp, index, options)
-
-
-def _alike(layers: list[Layer]) -> bool:
-    shapes = {
-        (one.joined.out_features, one.output.in_features, one.output.out_features, one.mlp.inner)
-        for one in layers
-    }
-    # Layers of several kinds are given angles of their own.
-    return len(shapes) == 1 and len({one.options.sliding_window for one in layers}) == 1
-
-
-def _embeddings(size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    # Either half has angles of its own, so that another layout of the pairs shows.
-    angles = probe(size, torch.float64)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def _same(
-    layer: Any,
-    flat: FlatDecoder,
-    number: int,
-    backend: CompiledAttention,
-    size: int,
-    tolerance: float,
-) -> bool:
-    width, dtype = flat.width, flat.dtype
-    embeddings = _embeddings(size, dtype)
-    # Beside a small input what the layer adds to it shows.
-    for scale in (1.0, 2.0**-6):
-        x = scale * probe(width, dtype)
-        with forward_context(backend):
-            expected = layer(x, position_embeddings=embeddings)
-        found = flat.run(x, embeddings, backend, number, number + 1)
-        if not isinstance(expected, Tensor) or not nearly_equal(expected, found, tolerance):
-            return False
-    return True

@@ -84,7 +84,7 @@ def optimise(model: PreTrainedModel) -> bool:
             if isinstance(module, PackedLinear):
                 module.pack()
         _replace_mlps(model, model.dtype)
-        _flatten_layers(model, before)
+        _flatten_layers(model)
         _release_freed_memory()
     return True
 
@@ -266,7 +266,7 @@ def _replace_mlps(model: nn.Module, dtype: torch.dtype) -> None:
         for activation in ACTIVATIONS:
             if not nearly_equal(activation[-1](x), activate(x), tolerance):
                 continue
-            mlp = _mlp(*packed, activation)
+            mlp = _mlp(packed[0], packed[1], packed[2], activation)
             if mlp is not None and nearly_equal(child(x), mlp(x), tolerance):
                 setattr(parent, name, mlp)
                 break
@@ -284,11 +284,11 @@ def _mlp(
     return None
 
 
-def _flatten_layers(model: PreTrainedModel, before: Tensor) -> None:
+def _flatten_layers(model: PreTrainedModel) -> None:
     """Have all decoder layers run as one, if they are alike and the logits stay what they were."""
     if not panels.available(model.dtype):
         return
-    from instance.model.decoder import flatten
+    from instance.model.flattening import flatten
 
     tolerance = TOLERANCE.get(model.dtype, HALF_TOLERANCE)
     for parent, name, child in _children(model):
@@ -296,8 +296,10 @@ def _flatten_layers(model: PreTrainedModel, before: Tensor) -> None:
             flat = flatten(child, tolerance)
             if flat is None:
                 continue
+            backend = flat.trial(PROBED)
+            before = _logits(model, backend)
             setattr(parent, name, nn.ModuleList([flat]))
-            found = _logits(model, flat.trial(PROBED))
+            found = _logits(model, backend)
             if not nearly_equal(
                 before, found, MODEL_TOLERANCE.get(model.dtype, HALF_MODEL_TOLERANCE)
             ):

@@ -67,7 +67,8 @@ def multiply(
         activation: Of the gate, see ``kernels.products``, or 0.
         other: [..., outputs] to be added, or None.
     """
-    from instance.model.kernels.program import PRODUCT, run_kernel
+    from instance.model.kernels.launch import kernel
+    from instance.model.kernels.products import PRODUCT
 
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], outputs)
@@ -79,5 +80,5 @@ def multiply(
         *(x.data_ptr(), panels.data_ptr(), 0 if bias is None else bias.data_ptr(), activation),
         *(0 if other is None else other.data_ptr(), out.data_ptr()),
     )
-    run_kernel(PRODUCT, x.dtype, arguments, x.numel() * outputs < GRAIN)
+    kernel(PRODUCT[x.dtype])(arguments, x.numel() * outputs < GRAIN)
     return out

@@ -51,12 +51,13 @@ class RmsNorm(nn.Module):
         return rms_norm(x, *self._settings)
 
     def _by_kernel(self, x: Tensor) -> Tensor:
-        from instance.model.kernels.program import NORM, run_kernel
+        from instance.model.kernels.launch import kernel
+        from instance.model.kernels.rows import NORM
 
         width, weight, eps = self.addresses
         out, count = torch.empty_like(x), x.numel()
         arguments = (0, count // width, width, x.data_ptr(), out.data_ptr(), weight, eps)
-        run_kernel(NORM, x.dtype, arguments, count < GRAIN)
+        kernel(NORM[x.dtype])(arguments, count < GRAIN)
         return out
 
 
@@ -92,7 +93,8 @@ class Rotary:
         return self._by_operators(q, k, cos, sin, unsqueeze_dim)
 
     def _by_kernel(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        from instance.model.kernels.program import ROTARY, run_kernel
+        from instance.model.kernels.launch import kernel
+        from instance.model.kernels.rows import ROTARY
 
         _, heads, positions, size = q.shape
         kv_heads = k.shape[1]
@@ -103,7 +105,7 @@ class Rotary:
             *(q.data_ptr(), heads, q.stride(1), q.stride(2), out.data_ptr()),
             *(k.data_ptr(), kv_heads, k.stride(1), k.stride(2), key_out.data_ptr()),
         )
-        run_kernel(ROTARY, q.dtype, arguments, q.numel() < GRAIN)
+        kernel(ROTARY[q.dtype])(arguments, q.numel() < GRAIN)
         return out.transpose(1, 2), key_out.transpose(1, 2)
 
     def _by_operators(

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.cohere.modeling_cohere import CohereAttention
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
 
-from instance.model import fusion, packing
+from instance.model import fusion, packing, panels
 from instance.model.fusion import JoinedLinear, RmsNorm, optimise
 from instance.model.loader import load_model
-from instance.model.packing import PackedLinear, PackedMlp, can_pack
+from instance.model.packing import PackedLinear, PackedMlp, PanelMlp, can_pack
 from instance.model.probing import nearly_equal
 from tests.integration.models import ARCHITECTURES, make_tiny_model
 
@@ -64,10 +64,10 @@ def test_what_is_exchanged(dtype: str, tmp_path: Path) -> None:
     found = kinds(model)
     assert found[nn.Linear] == 0
     assert found[JoinedLinear] == 6
-    assert found[PackedMlp] == 2
+    assert found[PackedMlp] + found[PanelMlp] == 2
     assert found[RmsNorm] == 5
-    # Two joined projections, two outputs, the head, and three in each MLP.
-    assert found[PackedLinear] == 2 + 2 + 1 + 6
+    # Two joined projections, two outputs, the head, and of each MLP three or only the last.
+    assert found[PackedLinear] == 2 + 2 + 1 + 2 + 2 * found[PackedMlp]
     for module in model.modules():
         if isinstance(module, PackedLinear):
             assert module.is_packed
@@ -76,13 +76,59 @@ def test_what_is_exchanged(dtype: str, tmp_path: Path) -> None:
             assert "forward" in vars(module)
 
 
+FLAT = {"llama": {}, "qwen2": {}, "mistral": {"sliding_window": 5}}
+"""Architectures whose layers are of the common kind."""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_layers_as_one(arch: str, dtype: str, tmp_path: Path) -> None:
+    """Common layers run as one, with the same logits; others stay."""
+    if not panels.available(getattr(torch, dtype)):
+        pytest.skip("no products of compiled kernels here")
+    more = FLAT.get(arch, {})
+    folder = make_tiny_model(tmp_path, arch, dtype=dtype, max_len=128, hidden=128, **more)
+    model = load_model(folder, dtype)
+    names = [type(one).__name__ for one in model.modules()]
+    assert names.count("FlatDecoder") == (arch in FLAT)
+    if arch not in FLAT:
+        return
+    [flat] = model.model.layers
+    found = []
+    for threads in (1, 2, 3, 1):
+        torch.set_num_threads(threads)
+        found.append(fusion._logits(model, flat.trial(fusion.PROBED)))
+    before = fusion._logits(plain(folder, dtype), flat.trial(fusion.PROBED))
+    assert nearly_equal(before, found[0], TOLERANCE[dtype])
+    assert all(torch.equal(one, found[0]) for one in found)
+    # Under another attention the layers are what they were.
+    before = fusion._logits(plain(folder, dtype))
+    assert nearly_equal(before, fusion._logits(model), TOLERANCE[dtype])
+
+
+def test_a_layer_that_adds_something_else_keeps_them_all(tmp_path: Path) -> None:
+    if not panels.available(torch.float32):
+        pytest.skip("no products of compiled kernels here")
+    model = plain(make_tiny_model(tmp_path, "llama", hidden=128), "float32")
+    layer = model.model.layers[1]
+
+    def forward(self: nn.Module, x: Tensor, **others: object) -> Tensor:
+        return x + 1.01 * (type(self).forward(self, x, **others) - x)
+
+    layer.forward = types.MethodType(forward, layer)
+    before = fusion._logits(model)
+    assert optimise(model)
+    assert len(model.model.layers) == 3
+    assert nearly_equal(before, fusion._logits(model), 1e-4)
+
+
 def test_float64_keeps_its_norms_and_weights(tmp_path: Path) -> None:
     """Models normalise in float32 whatever their type: another order of it shows in float64."""
     model = load_model(make_tiny_model(tmp_path, "llama", layers=2), "float64")
     found = kinds(model)
     assert found[LlamaRMSNorm] == 5
     assert found[JoinedLinear] == 6
-    assert found[PackedMlp] == 0
+    assert found[PackedMlp] + found[PanelMlp] == 0
     assert not any(m.is_packed for m in model.modules() if isinstance(m, PackedLinear))
 
 

@@ -16,14 +16,15 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def usable(dtype: torch.dtype) -> bool:
-    """Whether there are kernels of a type, and they can be compiled or read from a file."""
+    """Whether there are kernels of a type, and small ones can be compiled or read from a file."""
     if dtype not in (torch.bfloat16, torch.float32):
         return False
     try:
         from instance.model.kernels.launch import kernel
-        from instance.model.kernels.program import PROGRAM
+        from instance.model.kernels.rows import NORM, ROTARY
 
-        kernel(PROGRAM[dtype])
+        for functions in (NORM, ROTARY):
+            kernel(functions[dtype])
     except Exception:
         logger.warning("no kernels can be compiled here: the model runs slower", exc_info=True)
         return False

@@ -381,7 +381,7 @@ def take_next(context: Any, counter: Any) -> Any:
 
 @intrinsic
 def call(context: Any, address: Any) -> Any:
-    """Call a function without arguments or result."""
+    """Call the function at an address, without arguments or result."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = ir.FunctionType(ir.VoidType(), [])
@@ -389,3 +389,15 @@ def call(context: Any, address: Any) -> Any:
         return context.get_dummy_value()
 
     return types.none(types.int64), generate
+
+
+@intrinsic
+def call_with(context: Any, address: Any, argument: Any) -> Any:
+    """Call the function at an address with another one."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [args[1]])
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64), generate

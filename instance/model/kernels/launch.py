@@ -17,20 +17,13 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from numba import cfunc, njit
 from numba.core import config
 
 from instance.model.resolve import cache_folder
-
-
-class Kernel(Protocol):
-    """Runs a kernel; what the arguments say of the counter is not read."""
-
-    def __call__(self, arguments: tuple[int, ...], alone: bool = False) -> None:
-        """On as many threads as torch uses, or on this one ``alone``."""
 
 
 def _of_openmp(name: str) -> Any:
@@ -65,6 +58,33 @@ def barrier() -> int:
     return ctypes.cast(wait, ctypes.c_void_p).value or 0
 
 
+class Kernel:
+    """A compiled kernel.
+
+    Args:
+        address: Of its code.
+    """
+
+    def __init__(self, address: int) -> None:
+        self.address = address
+        self._call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+        self._enter = _parallel_region() if barrier() else None
+
+    def __call__(self, arguments: tuple[int, ...], alone: bool = False) -> None:
+        """Run it on as many threads as torch uses, or on this one ``alone``.
+
+        What the arguments say of the counter is not read.
+        """
+        space = (ctypes.c_int64 * (len(arguments) + 1))(*arguments, 0)
+        first = ctypes.addressof(space)
+        space[0] = first + 8 * len(arguments)
+        threads = torch.get_num_threads()
+        if alone or threads == 1 or self._enter is None:
+            self._call(first)
+        else:
+            self._enter(self.address, first, threads, 0)
+
+
 @functools.cache
 def _folder() -> Path:
     """Named after the source: numba sees changes only in the file of the function itself."""
@@ -93,21 +113,7 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 @functools.cache
 def kernel(function: Callable[..., None]) -> Kernel:
-    """Compile a kernel, unless its code was kept; it runs on torch's number of threads."""
+    """Compile a kernel, unless its code was kept."""
     with _own_cache():
         code: Any = cfunc("void(CPointer(int64))", cache=True, error_model="numpy")(function)
-    address: int = code.address
-    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
-    enter = _parallel_region() if barrier() else None
-
-    def run(arguments: tuple[int, ...], alone: bool = False) -> None:
-        space = (ctypes.c_int64 * (len(arguments) + 1))(*arguments, 0)
-        first = ctypes.addressof(space)
-        space[0] = first + 8 * len(arguments)
-        threads = torch.get_num_threads()
-        if alone or threads == 1 or enter is None:
-            call(first)
-        else:
-            enter(address, first, threads, 0)
-
-    return run
+    return Kernel(code.address)

@@ -116,9 +116,9 @@ def _weigh(dim, shift, weights, at, rows, count, sums, to, pool, offsets, ahead,
     fetched = turn * pace * ((count + 3) // 4)
     for c in range(0, whole, 64):
         last = ahead if c == 0 else 0
+        first = to + c
         _weigh_four(
-            *(dim, shift, weights, at, rows, c, count, sums, to + c),
-            *(pool, offsets, last, pace, fetched),
+            dim, shift, weights, at, rows, c, count, sums, first, pool, offsets, last, pace, fetched
         )
     if whole == 0:
         last = min(fetched + pace * ((count + 3) // 4), ahead)
@@ -229,8 +229,7 @@ def one_query(a, dim, item, following, pool, query, key, value, out):
             for g in range(group):
                 at, to = g * MANY_KEYS, (h + g) * dim
                 _weigh(
-                    *(dim, shift, scores, at, values, count, sums, to),
-                    *(pool, offsets, ahead, pace, g),
+                    dim, shift, scores, at, values, count, sums, to, pool, offsets, ahead, pace, g
                 )
     for h in range(last - first):
         share = splat(weights[h])

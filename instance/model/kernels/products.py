@@ -8,8 +8,10 @@ the rows beside it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -209,7 +211,7 @@ def _finish(a, sums, gated, row, rows, column, out):
 
 
 @compiled
-def product(a, out):
+def _product(a, out):
     """Take pieces of a product; ``out`` is its output."""
     counter = pointer(a[P.counter], types.int64)
     panels = (a[P.columns] + PANEL - 1) // PANEL
@@ -242,3 +244,17 @@ def product(a, out):
             _finish(a, sums, gated, row, rows, panel * PANEL, out)
             row += rows
         taken = then
+
+
+def _product_bfloat16(a):
+    _product(a, pointer(a[P.out], types.uint16))
+
+
+def _product_float32(a):
+    _product(a, pointer(a[P.out], types.float32))
+
+
+PRODUCT: dict[torch.dtype, Callable[..., None]] = {
+    torch.bfloat16: _product_bfloat16,
+    torch.float32: _product_float32,
+}

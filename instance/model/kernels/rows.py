@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from numba import types
 
 from instance.model.kernels.lanes import (
@@ -77,7 +79,7 @@ R = Rotary(*range(len(Rotary._fields)))
 
 
 @compiled
-def norm(a, x):
+def _norm(a, x):
     width = a[N.width]
     out = pointer_to(a[N.out], x)
     weight = pointer(a[N.weight], types.float32)
@@ -112,7 +114,7 @@ def _rotate(a, cos, sin, angle, x, at, out, to):
 
 
 @compiled
-def rotary(a, query):
+def _rotary(a, query):
     dim = a[R.head_dim]
     key = pointer_to(a[R.key], query)
     cos, sin = pointer_to(a[R.cos], query), pointer_to(a[R.sin], query)
@@ -131,3 +133,31 @@ def rotary(a, query):
                 at = h * a[R.key_head] + i * a[R.key_step]
                 to = (i * a[R.key_heads] + h) * dim
                 _rotate(a, cos, sin, i * dim, key, at, key_out, to)
+
+
+def _norm_bfloat16(a):
+    _norm(a, pointer(a[N.x], types.uint16))
+
+
+def _norm_float32(a):
+    _norm(a, pointer(a[N.x], types.float32))
+
+
+def _rotary_bfloat16(a):
+    _rotary(a, pointer(a[R.query], types.uint16))
+
+
+def _rotary_float32(a):
+    _rotary(a, pointer(a[R.query], types.float32))
+
+
+NORM: dict[torch.dtype, Callable[..., None]] = {
+    torch.bfloat16: _norm_bfloat16,
+    torch.float32: _norm_float32,
+}
+
+
+ROTARY: dict[torch.dtype, Callable[..., None]] = {
+    torch.bfloat16: _rotary_bfloat16,
+    torch.float32: _rotary_float32,
+}
