@@ -101,14 +101,27 @@ class ServeConfig:
     )
     block_size: int = setting(16, integer(1, 4096), "TOKENS", _MODEL, "tokens per KV block")
     kv_cache_memory_bytes: int = setting(
-        GIB, size, "BYTES", _MODEL, "KV cache of an instance, such as 512M or 4GiB"
+        GIB, size, "BYTES", _MODEL, "KV cache of an instance on the CPU, such as 512M or 4GiB"
+    )
+    gpu_memory_utilization: float = setting(
+        0.9,
+        number(0.01, 1.0),
+        "SHARE",
+        _MODEL,
+        "share of a GPU's memory that an instance takes; what weights and steps leave is KV cache",
     )
     num_gpu_blocks_override: int = setting(
         0,
         integer(0),
         "N",
         _MODEL,
-        "KV blocks of an instance, on any device; 0: by --kv-cache-memory-bytes",
+        "KV blocks of an instance, on any device; 0: as many as the memory given holds",
+    )
+    enforce_eager: bool = setting(
+        False, switch, "", _MODEL, "on a GPU, launch steps piece by piece instead of as CUDA graphs"
+    )
+    compile: bool = setting(
+        False, switch, "", _MODEL, "on a GPU, compile the model's layers (takes a minute at start)"
     )
     enable_prefix_caching: bool = setting(
         True, switch, "", _MODEL, "reuse KV blocks of equal prefixes"
@@ -414,6 +427,9 @@ class ServeConfig:
             block_size=self.block_size,
             num_blocks=self.num_gpu_blocks_override,
             kv_cache_memory_bytes=self.kv_cache_memory_bytes,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            enforce_eager=self.enforce_eager,
+            compile=self.compile,
             num_threads=self.threads,
             heartbeat=self.heartbeat,
             report_interval=self.report_interval,

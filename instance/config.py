@@ -125,7 +125,11 @@ class EngineConfig:
         device: "cpu" or "cuda".
         block_size: Tokens per KV block.
         num_blocks: KV blocks; 0 sizes the pool from ``kv_cache_memory_bytes``.
-        kv_cache_memory_bytes: Bytes of KV pool where ``num_blocks`` is 0.
+        kv_cache_memory_bytes: Bytes of KV pool on the CPU where ``num_blocks`` is 0.
+        gpu_memory_utilization: Share of a GPU's memory that the instance may take; on a GPU
+            it sizes the pool where ``num_blocks`` is 0.
+        enforce_eager: On a GPU, no graphs.
+        compile: On a GPU, the model's layers go through torch.compile.
         num_threads: Compute threads.
         heartbeat: Seconds between reports of held requests to each home.
         report_interval: Seconds between load reports at most.
@@ -138,6 +142,9 @@ class EngineConfig:
     block_size: int = 16
     num_blocks: int = 0
     kv_cache_memory_bytes: int = 1 << 30
+    gpu_memory_utilization: float = 0.9
+    enforce_eager: bool = False
+    compile: bool = False
     num_threads: int = 1
     heartbeat: float = 1.0
     report_interval: float = 0.5

@@ -1,4 +1,4 @@
-"""Which attention a model on the CPU gets."""
+"""Which attention a model gets."""
 
 from __future__ import annotations
 
@@ -26,12 +26,17 @@ class PagedAttention(AttentionBackend, Protocol):
 
 
 def make_attention(kv: Tensor, num_heads: int) -> PagedAttention:
-    """A compiled kernel if there is one for this pool, else operators of torch.
+    """Triton's kernels on a GPU; on the CPU a compiled kernel if there is one for this pool,
+    else operators of torch.
 
     Args:
         kv: [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim].
         num_heads: Of queries.
     """
+    if kv.is_cuda:
+        from instance.model.cuda.attention import TritonAttention
+
+        return TritonAttention(kv, num_heads)
     if usable(kv.dtype):
         from instance.model.attention_compiled import CompiledAttention
 

@@ -81,7 +81,12 @@ def load_model(
     report("loading weights")
     torch_dtype = resolve_dtype(dtype, config, device)
     # Grouped matrix products know no float64.
-    experts = {"experts_implementation": "eager"} if torch_dtype == torch.float64 else {}
+    more: dict[str, Any] = {}
+    if torch_dtype == torch.float64:
+        more["experts_implementation"] = "eager"
+    if device != "cpu":
+        # Weights go from the file to the device, without a copy of the model in main memory.
+        more["device_map"] = {"": torch.device(device)}
     with no_progress_bars():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -89,9 +94,9 @@ def load_model(
             dtype=torch_dtype,
             attn_implementation=ATTENTION_NAME,
             local_files_only=True,
-            **experts,
+            **more,
         )
-    torch.nn.Module.to(model, torch.device(device)).requires_grad_(False)
+    model.requires_grad_(False)
     model.train(False)
     report("warming up")
     shape = attention_shape(model)

@@ -192,7 +192,10 @@ def check_chunked(model: PreTrainedModel, shape: AttentionShape) -> None:
     size, blocks = 4, 8
     dims = (blocks, shape.num_layers, 2, size, shape.num_kv_heads, shape.head_dim)
     heads = text_config(model.config).num_attention_heads
-    attention = make_attention(torch.full(dims, torch.nan, dtype=parameter.dtype), heads)
+    device = parameter.device
+    attention = make_attention(
+        torch.full(dims, torch.nan, dtype=parameter.dtype, device=device), heads
+    )
     ids = np.arange(20, 30) % text_config(model.config).vocab_size
     ones, others = ids[:7], ids[:-5:-1]
 
@@ -224,11 +227,12 @@ def check_chunked(model: PreTrainedModel, shape: AttentionShape) -> None:
             )
         )
         with torch.inference_mode(), forward_context(attention):
+            every = np.concatenate([tokens for tokens, _, _ in rows])
             logits: Tensor = model(
-                input_ids=torch.from_numpy(np.concatenate([tokens for tokens, _, _ in rows]))[None],
-                position_ids=torch.from_numpy(np.concatenate(positions))[None],
+                input_ids=torch.from_numpy(every).to(device)[None],
+                position_ids=torch.from_numpy(np.concatenate(positions)).to(device)[None],
                 use_cache=False,
-                logits_to_keep=torch.from_numpy(ends - 1),
+                logits_to_keep=torch.from_numpy(ends - 1).to(device),
             ).logits[0]
         return list(logits)
 

@@ -54,6 +54,7 @@ def test_every_flag_has_its_environment_twin() -> None:
             ((None, 0.0), (RequestClass.BATCH, 0.25)),
         ),
         "fairness_theta": ("2000", 2000.0),
+        "gpu_memory_utilization": ("0.5", 0.5),
         "scale_down_threshold": ("70", 70.0),
     }
     for field in dataclasses.fields(ServeConfig):

@@ -11,6 +11,7 @@ from instance.model.cuda.sizing import (
     attention_tiles,
     bucket_for,
     graph_buckets,
+    graph_bytes,
     num_splits,
     pool_blocks,
     power_of_two,
@@ -112,6 +113,14 @@ def test_the_pool_stays_within_the_share(
     else:
         assert used + reserve + blocks * block <= total * share
         assert used + reserve + (blocks + 1) * block > int(total * share)
+
+
+def test_graphs_keep_logits_of_their_own() -> None:
+    # The largest alone takes 256 rows of 128,000 logits, all together nine times that.
+    buckets = graph_buckets(256)
+    assert graph_bytes((256,), 128_000) > 256 * 128_000 * 2
+    assert 9 * 256 * 128_000 * 2 < graph_bytes(buckets, 128_000) < 3 << 30
+    assert graph_bytes((), 128_000) < graph_bytes((1,), 128_000)
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.01])

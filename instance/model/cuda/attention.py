@@ -23,8 +23,9 @@ from instance.model.cuda.sizing import (
 ENDLESS = 1 << 30
 """A window that hides nothing."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-INTERPRETED = (132, 227 << 10)
-"""Multiprocessors and shared memory that are assumed where there is no GPU: an H100's."""
+INTERPRETED = (4, 227 << 10)
+"""Multiprocessors and shared memory that are assumed where there is no GPU: few programs, since
+Triton's interpreter runs them one by one."""
 
 
 @dataclass(slots=True)

@@ -18,6 +18,11 @@ BUCKET_STEP = 8
 COARSE_FROM = 64
 COARSE_STEP = 16
 MAX_SPLITS = 32
+GRAPH_BYTES = 8 << 20
+"""What a captured graph takes besides its logits and the memory that all share, generously."""
+LIBRARY_BYTES = 256 << 20
+"""What libraries take after the measurement."""
+LOGIT_BYTES = 4
 
 
 def graph_buckets(max_num_seqs: int) -> tuple[int, ...]:
@@ -41,6 +46,12 @@ def bucket_for(rows: int, buckets: Sequence[int]) -> int | None:
     """The least of the rising ``buckets`` that holds ``rows``; None if none does."""
     at = bisect.bisect_left(buckets, rows)
     return buckets[at] if at < len(buckets) else None
+
+
+def graph_bytes(buckets: Sequence[int], vocab_size: int) -> int:
+    """Memory to keep free for graphs of these sizes, each with logits of its own, and for
+    what libraries take at their first call."""
+    return LIBRARY_BYTES + sum(buckets) * vocab_size * LOGIT_BYTES + len(buckets) * GRAPH_BYTES
 
 
 def num_splits(num_kv_heads: int, multiprocessors: int) -> int:
