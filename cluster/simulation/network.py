@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from cluster.simulation.profile import LinkCost
@@ -24,6 +25,13 @@ class NetworkConfig:
     actor: float = 0.001
     message: float = 0.0005
     detection: float = 0.1
+
+    def with_overhead(self, seconds: float) -> NetworkConfig:
+        """The same, with a gateway by which a request takes so long beside its steps; 0: as is."""
+        if not seconds:
+            return self
+        ways = 2 * self.actor + self.message
+        return dataclasses.replace(self, gateway=max(0.0, seconds - ways))
 
 
 class KvLink:

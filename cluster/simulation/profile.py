@@ -70,6 +70,8 @@ class CostProfile:
         link: The way of KV to another instance.
         num_blocks: Usable KV blocks.
         num_host_blocks: Blocks of the host pool; 0 for none.
+        overhead: Seconds that a request takes on an idle cluster until its first token is with
+            the client, beside its steps: gateway, dispatcher, connections. 0: not measured.
         sources: Where parameters come from, by name; "step.base" for one within another.
 
     Raises:
@@ -84,6 +86,7 @@ class CostProfile:
     link: LinkCost
     num_blocks: int
     num_host_blocks: int = 0
+    overhead: float = 0.0
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -98,6 +101,7 @@ class CostProfile:
                 raise ValueError(f"model.{name}: {getattr(model, name)} is less than 1")
         if self.num_blocks < 1:
             raise ValueError(f"num_blocks: {self.num_blocks} is less than 1")
+        _check("overhead", self.overhead)
         if self.num_host_blocks < 0:
             raise ValueError(f"num_host_blocks: {self.num_host_blocks} is less than 0")
 

@@ -73,8 +73,8 @@ def calibrate_cluster(
     """Fit a profile to what clients see of an idle cluster of equal instances.
 
     The time to the first token, over prompt lengths, and the time between tokens, over
-    numbers of streams that all instances share evenly. What shows from inside only is taken
-    from ``like``.
+    numbers of streams: all instances do the same at once, so that steps take as long as they
+    do where instances share a machine. What shows from inside only is taken from ``like``.
 
     Raises:
         CalibrationError: if something cannot be measured.
@@ -83,7 +83,7 @@ def calibrate_cluster(
     admin = AdminClient.find(url, admin_key)
     found = members(admin.call("GET", "/admin/instances"))
     try:
-        labels, samples = asyncio.run(_measure(url, client_key, found, quick, progress))
+        labels, samples, overhead = asyncio.run(_measure(url, client_key, found, quick, progress))
     except ServerError as error:
         raise CalibrationError(str(error)) from None
     one = found[0]
@@ -97,6 +97,7 @@ def calibrate_cluster(
         link=like.link,
         num_blocks=one.total_blocks,
         num_host_blocks=like.num_host_blocks,
+        overhead=overhead,
         sources={
             "step": f"{where}; times to the first and between tokens, {len(samples)} shapes",
             "copy_out": f"not measured: as in {like.name}",
@@ -104,6 +105,7 @@ def calibrate_cluster(
             "link": f"not measured: as in {like.name}",
             "num_blocks": "the cluster's admin API",
             "num_host_blocks": f"not measured: as in {like.name}",
+            "overhead": f"{where}; time to the first token of the shortest prompt, less a step",
         },
     )
     return profile, check_fit(labels, samples, predict_step)
@@ -115,7 +117,8 @@ async def _measure(
     found: Sequence[Member],
     quick: bool,
     progress: Callable[[str], None],
-) -> tuple[list[str], list[StepSample]]:
+) -> tuple[list[str], list[StepSample], float]:
+    """What was measured, how long steps took, and what a request takes beside them."""
     one, repeats = found[0], 3 if quick else 7
     longest = min(one.model.max_model_len, one.total_blocks * one.model.block_size)
     async with CompletionClient(url, key) as client:
@@ -144,16 +147,16 @@ async def _measure(
         if not samples:
             raise CalibrationError("the cluster takes too short prompts to be measured")
         # What a request takes besides its steps shows where the step is known.
-        shortest = await _first_token(client, model, source, 1, repeats)
+        shortest = await _first_token(client, model, source, 1, repeats, len(found))
         overhead = max(0.0, shortest - samples[0].seconds)
         for length in (8, 16, 32, 64, 128, 192, 256, 384, 512):
             if length <= min(_LONGEST_PROMPT, longest - 2):
-                first = await _first_token(client, model, source, length, repeats)
+                first = await _first_token(client, model, source, length, repeats, len(found))
                 seconds = max(first - overhead, 1e-6)
                 labels.append(f"prefill of {length}")
                 samples.append(StepSample(length, attended(0, length), 0, 0, seconds))
                 progress(f"{labels[-1]}: {1000 * seconds:.2f} ms")
-    return labels, samples
+    return labels, samples, overhead
 
 
 class _Prompts:
@@ -169,17 +172,28 @@ class _Prompts:
 
 
 async def _first_token(
-    client: CompletionClient, model: str, prompts: _Prompts, length: int, repeats: int
+    client: CompletionClient,
+    model: str,
+    prompts: _Prompts,
+    length: int,
+    repeats: int,
+    instances: int,
 ) -> float:
-    """Median seconds to the first token of one request at a time; one goes before."""
+    """Median seconds to the first token of one request on each instance; some go before."""
     times = []
-    for _ in range(repeats + 1):
-        answer = Answer(0.0)
-        await client.complete(answer, model, prompts.make(length), 2, temperature=0.0)
-        if not answer.arrivals:
+    for turn in range(repeats + 1):
+        answers = [Answer(0.0) for _ in range(instances)]
+        await asyncio.gather(
+            *(
+                client.complete(answer, model, prompts.make(length), 2, temperature=0.0)
+                for answer in answers
+            )
+        )
+        if not all(answer.arrivals for answer in answers):
             raise CalibrationError("an answer had no text")
-        times.append(answer.arrivals[0] - answer.sent)
-    return statistics.median(times[1:])
+        if turn:
+            times += [answer.arrivals[0] - answer.sent for answer in answers]
+    return statistics.median(times)
 
 
 async def _between_tokens(

@@ -23,6 +23,7 @@ from cluster.flags import (
     switch,
 )
 from cluster.simulation.device import device
+from cluster.simulation.network import NetworkConfig
 from cluster.simulation.profile import CostProfile
 from cluster.simulation.profile_files import ProfileError, load_profile
 from cluster.simulation.simulation import Death, Scenario
@@ -153,6 +154,7 @@ def make_plan(settings: SimulateConfig) -> Plan:
     engine = _engine(serve, profiles)
     share, host_bytes = float(serve.migration_bandwidth), serve.swap_space * GIB
     devices = {id(one): device(one, share, host_bytes) for one in profiles}
+    network = NetworkConfig().with_overhead(max(one.overhead for one in profiles))
     deaths = tuple(_death(text, len(profiles)) for text in settings.kill)
     names = [name.strip() for name in settings.policies.split(",") if name.strip()]
     if not names:
@@ -166,6 +168,7 @@ def make_plan(settings: SimulateConfig) -> Plan:
             seed=settings.seed,
             deaths=deaths,
             start_seconds=settings.start_seconds,
+            network=network,
             policies=_user_policies(name),
             jumps=settings.jump,
         )

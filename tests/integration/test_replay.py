@@ -230,6 +230,7 @@ def test_a_cluster_is_measured_from_outside(
     assert profile.num_blocks == 511
     assert profile.link == load_profile("llama-8b-a10").link
     assert "not measured" in profile.sources["link"]
+    assert profile.overhead > 0
     # A loaded machine only adds to what steps take.
     assert profile.step.of(0, 0, 4, 400) > 0.1 * COST.of(0, 0, 4, 400)
 

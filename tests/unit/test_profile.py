@@ -106,6 +106,7 @@ def test_files(tmp_path: Path) -> None:
     [
         ({"num_blocks": 0}, "num_blocks: 0"),
         ({"num_host_blocks": -1}, "num_host_blocks"),
+        ({"overhead": -0.1}, "overhead"),
         ({"name": None}, "name"),
         ({"link": {"bandwidth": 0}}, "link: .*bandwidth"),
         ({"link": {"bandwidth": "fast"}}, "link.bandwidth"),

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import xml.etree.ElementTree as ElementTree
 from array import array
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from cluster import cli, simulating
 from cluster.flags import ConfigError
 from cluster.simulation import charts
 from cluster.simulation.decisions import DecisionLog, mean_regret
+from cluster.simulation.network import NetworkConfig
+from cluster.simulation.profile_files import format_profile, load_profile
 from cluster.simulation.records import InstanceRecord, RequestRecord
 from cluster.simulation.report import FIGURES, html_report
 from cluster.simulation.results import (
@@ -228,6 +231,19 @@ def test_flags_become_scenarios() -> None:
     assert early.deaths == (Death(3.0, 1, 2.5), Death(4.0, 2, None))
     assert early.engine.scheduler.max_num_seqs == 32
     assert early.seed == 7
+
+
+def test_what_requests_take_beside_their_steps_is_part_of_a_profile(tmp_path: Path) -> None:
+    means = []
+    for overhead in (0.0, 0.25):
+        path = tmp_path / f"{overhead}.yaml"
+        path.write_text(format_profile(replace(load_profile("llama-8b-a10"), overhead=overhead)))
+        plan = plan_of(profile=(f"{path}*2",), policies="freeness")
+        outcome = Simulation(plan.scenarios["freeness"], plan.workload).run()
+        means.append(summarize(outcome)["latency"]["ttft"]["mean"])
+    default = NetworkConfig()
+    known = default.gateway + 2 * default.actor + default.message
+    assert means[1] - means[0] == pytest.approx(0.25 - known)
 
 
 @pytest.mark.parametrize(

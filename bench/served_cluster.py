@@ -1,0 +1,166 @@
+"""A real cluster for a bench: ``drover serve`` in processes of its own, and what is sent to it.
+
+Runs take real time, and a cluster serves many of them: each leaves a file, and those whose
+file is there are not repeated (see ``take``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from bench import campaign
+from bench.report import parser
+from cluster.admin_client import AdminClient
+from cluster.ray_setup import free_port
+from cluster.replay.client import CompletionClient
+from cluster.replay.results import RequestResult
+from cluster.replay.run import Replay, ReplaySettings
+from cluster.simulation.workloads.records import WorkloadRequest
+
+START = 240.0
+"""Seconds that a cluster may take to start."""
+UNFINISHED = 2
+"""Exit status where runs are left for a later call."""
+
+
+def options(description: str, folder: str) -> argparse.ArgumentParser:
+    """A bench's parser with what benches of real clusters share.
+
+    Args:
+        description: The bench's own text.
+        folder: Where the files of its runs are unless told otherwise, below ``build``.
+    """
+    made = parser(description)
+    made.formatter_class = argparse.RawDescriptionHelpFormatter
+    made.add_argument("--runs", type=Path, default=Path("build") / folder)
+    made.add_argument(
+        "--at-most", type=int, default=0, metavar="N", help="real runs of this call; 0: all"
+    )
+    return made
+
+
+@contextlib.contextmanager
+def served(model: str, flags: Sequence[str], log: Path) -> Iterator[AdminClient]:
+    """Run ``drover serve`` on this machine until the block ends.
+
+    Args:
+        model: Its name or folder.
+        flags: Of the command line.
+        log: The file that gets its output.
+
+    Raises:
+        RuntimeError: It did not start; the text is the end of its output.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    port, key = free_port("127.0.0.1"), secrets.token_urlsafe(16)
+    command = [sys.executable, "-m", "cluster.cli", "serve", model, "--port", str(port), *flags]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "DROVER_ADMIN_KEY": key},
+        )
+    admin = AdminClient(f"http://127.0.0.1:{port}", key)
+    try:
+        _wait(process, admin.url, log)
+        yield admin
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + START
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/health", timeout=2).status_code == 200:
+                return
+        time.sleep(0.2)
+    raise RuntimeError(f"no cluster:\n{log.read_text(errors='replace')[-2000:]}")
+
+
+def replayed(
+    url: str, requests: Sequence[WorkloadRequest], seed: int
+) -> tuple[list[RequestResult], float]:
+    """Send a workload; what became of its requests, and the seconds that it took."""
+
+    async def run() -> Replay:
+        async with CompletionClient(url) as client:
+            model, _ = await client.model()
+            settings = ReplaySettings(
+                model, await client.vocabulary(model), seed, sampling={"temperature": 0.0}
+            )
+            replay = Replay(client, requests, settings)
+            await replay.run()
+            return replay
+
+    done = asyncio.run(run())
+    return done.results, done.seconds
+
+
+def metric(url: str, name: str) -> float:
+    """The sum of a metric over all its labels."""
+    text = httpx.get(f"{url}/metrics", timeout=30).raise_for_status().text
+    return total(text, name)
+
+
+def total(text: str, name: str) -> float:
+    """The sum of a metric's samples in an exposition of Prometheus."""
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name
+    )
+
+
+def take(
+    names: Sequence[str],
+    folder: Path,
+    at_most: int,
+    cluster: Callable[[], contextlib.AbstractContextManager[AdminClient]],
+    run: Callable[[str, AdminClient], dict[str, Any]],
+) -> int:
+    """Do runs that have no file yet, on one cluster, which is started if any is wanted.
+
+    Args:
+        names: Of the runs' files, in the order in which they are done.
+        folder: Where the files are.
+        at_most: Runs to do; 0 for all.
+        cluster: Starts it.
+        run: Does one; the result goes into its file.
+
+    Returns:
+        How many are left.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [name for name in names if not (folder / name).exists()]
+    now = missing[: at_most or len(missing)]
+    if now:
+        with cluster() as admin:
+            for name in now:
+                began = time.monotonic()
+                campaign.write_result(run(name, admin), folder / name)
+                print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    return len(missing) - len(now)

@@ -1,0 +1,166 @@
+"""Does the simulator show what a real cluster does?
+
+A real cluster (``drover serve``, two instances of one thread) is measured from outside by
+``drover calibrate --url``: streams of equal lengths, all instances alike. Then another workload, of
+mixed lengths at random times, is replayed on it several times, and simulated once with the
+profile that was made, by the code of ``drover simulate`` and under the same settings.
+
+Means must agree with the median of the real runs within 10 %, and 99th percentiles within
+15 %, or within what the real runs differ by among themselves where that is more.
+
+Each run leaves a file in the folder --runs, and is not repeated where that is there.
+
+    python -m bench.simulation_fidelity [--quick] [--json PATH] [--runs FOLDER] [--real N]
+        [--at-most N]
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from bench import served_cluster
+from bench.report import Target, finish, median, print_table
+from cluster.admin_client import AdminClient
+from cluster.replay.results import summarize
+from cluster.simulation import results as simulated_results
+from cluster.simulation.profile_files import format_profile, load_profile
+from cluster.simulation.remote_calibration import calibrate_cluster
+from cluster.simulation.settings import SimulateConfig, make_plan
+from cluster.simulation.simulation import Simulation
+from cluster.simulation.workloads.sources import load_workload
+
+MODEL = "smollm2"
+INSTANCES = 2
+SETTINGS = {"threads": "1", "max-model-len": "2048"}
+LIKE = "llama-8b-a10"
+"""Where the profile has what shows from inside only; this workload needs none of it."""
+WORKLOAD = "fixed?rate=1.5&requests=90&prompt=16-320&output=16-96"
+QUICK_WORKLOAD = "fixed?rate=1.5&requests=15&prompt=16-160&output=8-32"
+SEED = 1
+MEAN, P99 = 0.10, 0.15
+"""By which part of the real figure the simulated one may be off."""
+FIGURES = {
+    "TTFT mean": ("mean_ttft_ms", ("latency", "ttft", "mean"), 1000.0),
+    "TPOT mean": ("mean_tpot_ms", ("latency", "tpot", "mean"), 1000.0),
+    "tokens/s": ("total_token_throughput", ("throughput", "tokens_per_second"), 1.0),
+    "TTFT P99": ("p99_ttft_ms", ("latency", "ttft", "p99"), 1000.0),
+    "TPOT P99": ("p99_tpot_ms", ("latency", "tpot", "p99"), 1000.0),
+}
+"""By name: the replay's figure, where the simulator has it, and its factor to that unit."""
+
+
+def one_run(name: str, admin: AdminClient, workload: str) -> dict[str, Any]:
+    """Measure the cluster, or replay the workload, as the file's name tells."""
+    if name.startswith("profile"):
+        like = load_profile(LIKE)
+        profile, checks = calibrate_cluster(admin.url, None, "", MODEL, True, like, _say)
+        error = fmean(abs(one.error) for one in checks)
+        return {"profile": format_profile(profile), "left_out_error": error}
+    requests = load_workload(workload, SEED)
+    results, seconds = served_cluster.replayed(admin.url, requests, SEED)
+    figures = summarize(results, seconds)
+    return {
+        "failed": figures["failed"],
+        **{name: figures[real] for name, (real, _, _) in FIGURES.items()},
+    }
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def simulated(profile: Path, workload: str) -> dict[str, float]:
+    """The figures of a simulation, as ``drover simulate`` would run it."""
+    plan = make_plan(
+        SimulateConfig(
+            workload=workload,
+            seed=SEED,
+            profile=(f"{profile}*{INSTANCES}",),
+            policies="freeness",
+            set=tuple(f"{key}={value}" for key, value in SETTINGS.items()),
+        )
+    )
+    (scenario,) = plan.scenarios.values()
+    found = simulated_results.summarize(Simulation(scenario, plan.workload).run())
+    figures = {}
+    for name, (_, path, factor) in FIGURES.items():
+        value: Any = found
+        for key in path:
+            value = value[key]
+        figures[name] = factor * value
+    return figures
+
+
+def spread(values: Sequence[float]) -> float:
+    """By which part of their median values differ."""
+    return (max(values) - min(values)) / median(values)
+
+
+def rows_of(real: Sequence[Mapping[str, float]], ours: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Figure by figure: the real runs' median and spread, the simulator's, and how far off."""
+    rows = []
+    for name in FIGURES:
+        values = [one[name] for one in real]
+        off = ours[name] / median(values) - 1.0
+        rows.append(
+            {
+                "figure": name,
+                "real": median(values),
+                "spread": spread(values),
+                "simulated": ours[name],
+                "off": off,
+                "may_be": max(P99, spread(values)) if name.endswith("P99") else MEAN,
+            }
+        )
+    return rows
+
+
+def targets_of(rows: Sequence[Mapping[str, Any]]) -> list[Target]:
+    """The verdict."""
+    return [Target(f"{row['figure']} off by", abs(row["off"]), row["may_be"]) for row in rows]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the experiment, print its result, answer with the verdict."""
+    made = served_cluster.options(__doc__ or "", "simulation_fidelity")
+    made.add_argument("--real", type=int, default=5, help="real runs of the workload")
+    given = made.parse_args(arguments)
+    workload = QUICK_WORKLOAD if given.quick else WORKLOAD
+    kind, number = ("quick", 1) if given.quick else ("real", given.real)
+    names = ["profile.json", *(f"{kind}-{run}.json" for run in range(number))]
+    flags = ["--instances", str(INSTANCES)]
+    for key, value in SETTINGS.items():
+        flags += [f"--{key}", value]
+    left = served_cluster.take(
+        names,
+        given.runs,
+        given.at_most,
+        functools.partial(served_cluster.served, MODEL, flags, given.runs / "serve.log"),
+        functools.partial(one_run, workload=workload),
+    )
+    if left:
+        print(f"{left} runs are left: call again", file=sys.stderr)
+        return served_cluster.UNFINISHED
+    calibrated, *real = (json.loads((given.runs / name).read_text()) for name in names)
+    profile = given.runs / "profile.yaml"
+    profile.write_text(calibrated["profile"], encoding="utf-8")
+    rows = rows_of(real, simulated(profile, workload))
+    print_table(
+        ("figure", "real, median", "spread", "simulated", "off", "may be off"),
+        [
+            [row[key] for key in ("figure", "real", "spread", "simulated", "off", "may_be")]
+            for row in rows
+        ],
+    )
+    result = {"model": MODEL, "workload": workload, "rows": rows, "runs": real, **calibrated}
+    return finish(result, targets_of(rows), given.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
