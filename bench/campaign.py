@@ -83,10 +83,14 @@ def file_name(words: Sequence[object], settings: Mapping[str, Any], run: Any) ->
 
 
 def run_to_file(run: Run, folder: Path) -> None:
-    """Execute a run, and leave the result as a whole file or none."""
-    path = folder / run.file_name
+    """Execute a run; its result becomes a file."""
+    write_result(run.execute(), folder / run.file_name)
+
+
+def write_result(result: Mapping[str, Any], path: Path) -> None:
+    """Leave a result as a whole file or none."""
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(run.execute()) + "\n")
+    part.write_text(json.dumps(result) + "\n")
     part.replace(path)
 
 
