@@ -42,7 +42,7 @@ FLAGS = (
 """160 usable blocks hold six long requests."""
 RATE = 1.6
 """Requests per second, half of them long."""
-SECONDS, QUICK_SECONDS = 40.0, 10.0
+SECONDS, QUICK_SECONDS = 24.0, 8.0
 LONG, SHORT = (192, 224), (32, 8)
 """Tokens of prompt and answer."""
 ON, OFF = "on", "off"
