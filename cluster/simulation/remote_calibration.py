@@ -22,7 +22,7 @@ from instance.executor import ModelDescription
 
 _MODEL = TypeAdapter(ModelDescription)
 _OUTPUT = 24
-"""Output tokens of the streams that measure decoding."""
+"""Output tokens of the streams that measure decoding; more where prompts take long."""
 _LONGEST_PROMPT = 512
 """Longer prompts take several steps, at a length that does not show from outside."""
 
@@ -128,24 +128,20 @@ async def _measure(
         streams = sorted({1, 2, 4, 8, *((1, 4) if quick else (16, one.max_num_seqs // 2))})
         streams = [count for count in streams if 0 < count <= one.max_num_seqs]
         contexts = [16, 256] if quick else [16, 128, 512, 1024]
+        room = one.total_blocks * one.model.block_size
         labels, samples = [], []
         for start in contexts:
             for count in streams:
-                room = one.total_blocks * one.model.block_size
-                if start + _OUTPUT > longest or count * (start + _OUTPUT) > room:
+                most = min(longest, room // count) - start
+                decoded = await _decoding(client, model, source, start, count, len(found), most)
+                if decoded is None:
                     continue
-                gap = statistics.median(
-                    [
-                        await _between_tokens(client, model, source, start, count, len(found))
-                        for _ in range(3)
-                    ]
-                )
-                middle = start + _OUTPUT // 2
+                gap, middle = decoded
                 labels.append(f"{count} x decode at {start}")
-                samples.append(StepSample(0, 0, count, count * middle, gap))
+                samples.append(StepSample(0, 0, count, round(count * middle), gap))
                 progress(f"{labels[-1]}: {1000 * gap:.2f} ms")
         if not samples:
-            raise CalibrationError("the cluster takes too short prompts to be measured")
+            raise CalibrationError("no streams that the cluster takes decode at the same time")
         # What a request takes besides its steps shows where the step is known.
         shortest = await _first_token(client, model, source, 1, repeats, len(found))
         overhead = max(0.0, shortest - samples[0].seconds)
@@ -196,33 +192,45 @@ async def _first_token(
     return statistics.median(times)
 
 
-async def _between_tokens(
+async def _decoding(
     client: CompletionClient,
     model: str,
     prompts: _Prompts,
     length: int,
     count: int,
     instances: int,
-) -> float:
-    """Median seconds between tokens while ``count`` streams decode on each instance."""
-    answers = [Answer(0.0) for _ in range(count * instances)]
-    await asyncio.gather(
-        *(
-            client.complete(answer, model, prompts.make(length), _OUTPUT, temperature=0.0)
-            for answer in answers
+    most: int,
+) -> tuple[float, float] | None:
+    """While ``count`` streams decode on each instance: between tokens, and where.
+
+    The first streams must last until the last one's prompt is read: they are made longer until
+    they do, up to ``most`` output tokens.
+
+    Returns:
+        Median seconds between tokens, of three times, and the mean position of these tokens;
+        None where streams of that length do not decode at the same time.
+    """
+    found: list[tuple[float, float]] = []
+    output = _OUTPUT
+    while output <= most and len(found) < 3:
+        answers = [Answer(0.0) for _ in range(count * instances)]
+        await asyncio.gather(
+            *(
+                client.complete(answer, model, prompts.make(length), output, temperature=0.0)
+                for answer in answers
+            )
         )
-    )
-    # Only while all decode: not beside the prefill of some, nor after the end of others.
-    began = max((answer.arrivals[0] for answer in answers if answer.arrivals), default=0.0)
-    ended = min((answer.arrivals[-1] for answer in answers if answer.arrivals), default=0.0)
-    gaps = [
-        (last - first) / (index - start)
-        for answer in answers
-        for start, first, index, last in _shared(answer.arrivals, began, ended)
-    ]
-    if not gaps:
-        raise CalibrationError(f"{count} streams did not decode at the same time")
-    return statistics.median(gaps)
+        # Only while all decode: not beside the prefill of some, nor after the end of others.
+        began = max((answer.arrivals[0] for answer in answers if answer.arrivals), default=0.0)
+        ended = min((answer.arrivals[-1] for answer in answers if answer.arrivals), default=0.0)
+        parts = [part for one in answers for part in _shared(one.arrivals, began, ended)]
+        if parts and min(last - first for first, _, last, _ in parts) >= _OUTPUT // 2:
+            gaps = [(until - since) / (last - first) for first, since, last, until in parts]
+            middle = statistics.fmean((first + last) / 2 for first, _, last, _ in parts)
+            found.append((statistics.median(gaps), length + middle))
+        else:
+            output *= 2
+    return sorted(found)[len(found) // 2] if found else None
 
 
 def _shared(
