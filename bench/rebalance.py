@@ -10,6 +10,7 @@ A ratio is that of a pair, rebalancing over not; the targets are on the median o
 Each run leaves a file in the folder --runs, and is not repeated where that is there.
 
     python -m bench.rebalance [--quick] [--json PATH] [--runs FOLDER] [--pairs N] [--at-most N]
+        [--modelled]
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ MODEL = "smollm2"
 FLAGS = (
     *("--instances", "2", "--threads", "1"),
     *("--placement", "round_robin", "--run-ahead", "-1"),
-    *("--num-gpu-blocks-override", "161", "--max-model-len", "1024"),
+    *("--dtype", "bfloat16", "--num-gpu-blocks-override", "161", "--max-model-len", "1024"),
 )
 """160 usable blocks hold six long requests."""
-RATE = 1.6
+RATE = 1.2
 """Requests per second, half of them long."""
-SECONDS, QUICK_SECONDS = 24.0, 8.0
+SECONDS, QUICK_SECONDS = 30.0, 8.0
 LONG, SHORT = (192, 224), (32, 8)
 """Tokens of prompt and answer."""
 ON, OFF = "on", "off"
@@ -63,9 +64,9 @@ def workload(seed: int, seconds: float, rate: float) -> list[WorkloadRequest]:
     return single_requests(times, list(prompts), list(outputs))
 
 
-def names_of(pairs: int, quick: bool) -> list[str]:
+def names_of(pairs: int, quick: bool, modelled: bool) -> list[str]:
     """Files of the runs, in their order."""
-    kind = "quick" if quick else "run"
+    kind = ("quick" if quick else "run") + ("_modelled" if modelled else "")
     return [
         f"{kind}-{number}-{side}.json"
         for number in range(pairs)
@@ -76,8 +77,8 @@ def names_of(pairs: int, quick: bool) -> list[str]:
 def one_run(name: str, admin: AdminClient) -> dict[str, Any]:
     """A replay under the setting that the file's name tells."""
     kind, number, side = Path(name).stem.split("-")
-    quick = kind == "quick"
-    requests = workload(int(number), QUICK_SECONDS if quick else SECONDS, RATE)
+    seconds = QUICK_SECONDS if kind.startswith("quick") else SECONDS
+    requests = workload(int(number), seconds, RATE)
     admin.call("PATCH", "/admin/policies", {"rebalance": side == ON})
     before = served_cluster.metric(admin.url, PREEMPTIONS)
     moved_before = moves(admin)
@@ -147,15 +148,23 @@ def main(arguments: list[str] | None = None) -> int:
     made = served_cluster.options(__doc__ or "", "rebalance")
     made.add_argument("--pairs", type=int, default=5)
     given: argparse.Namespace = made.parse_args(arguments)
-    names = names_of(1 if given.quick else given.pairs, given.quick)
-    cluster = functools.partial(served_cluster.served, MODEL, FLAGS, given.runs / "serve.log")
+    names = names_of(1 if given.quick else given.pairs, given.quick, given.modelled)
+    log = given.runs / "serve.log"
+    cluster = functools.partial(served_cluster.served, MODEL, FLAGS, log, given.modelled)
     left = served_cluster.take(names, given.runs, given.at_most, cluster, one_run)
     if left:
         print(f"{left} runs are left: call again", file=sys.stderr)
         return served_cluster.UNFINISHED
     results = [json.loads((given.runs / name).read_text()) for name in names]
     print_table(("pair", "rebalance", *FIGURES, "preempted", "moved"), table(results))
-    settings = {"model": MODEL, "flags": FLAGS, "rate": RATE, "long": LONG, "short": SHORT}
+    settings = {
+        "model": MODEL,
+        "modelled": given.modelled,
+        "flags": FLAGS,
+        "rate": RATE,
+        "long": LONG,
+        "short": SHORT,
+    }
     return finish({"settings": settings, "runs": results}, targets_of(results), given.json)
 
 

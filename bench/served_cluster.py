@@ -31,8 +31,16 @@ from cluster.replay.results import RequestResult
 from cluster.replay.run import Replay, ReplaySettings
 from cluster.simulation.workloads.records import WorkloadRequest
 
-START = 240.0
+START = 900.0
 """Seconds that a cluster may take to start."""
+LOOK = 0.25
+"""Seconds between two looks whether this process gets CPU."""
+STOOD_STILL = 2.0
+"""Seconds without, from which on a run does not count."""
+PAUSE = 15.0
+"""Seconds after a run that does not count: the cluster finds itself again."""
+TRIES = 3
+"""Of a run."""
 UNFINISHED = 2
 """Exit status where runs are left for a later call."""
 
@@ -50,24 +58,31 @@ def options(description: str, folder: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--at-most", type=int, default=0, metavar="N", help="real runs of this call; 0: all"
     )
+    made.add_argument(
+        "--modelled", action="store_true", help="steps only take time; see bench.modelled_serve"
+    )
     return made
 
 
 @contextlib.contextmanager
-def served(model: str, flags: Sequence[str], log: Path) -> Iterator[AdminClient]:
+def served(
+    model: str, flags: Sequence[str], log: Path, modelled: bool = False
+) -> Iterator[AdminClient]:
     """Run ``drover serve`` on this machine until the block ends.
 
     Args:
         model: Its name or folder.
         flags: Of the command line.
         log: The file that gets its output.
+        modelled: Its instances only take the time of steps; see ``bench.modelled_serve``.
 
     Raises:
         RuntimeError: It did not start; the text is the end of its output.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     port, key = free_port("127.0.0.1"), secrets.token_urlsafe(16)
-    command = [sys.executable, "-m", "cluster.cli", "serve", model, "--port", str(port), *flags]
+    program = "bench.modelled_serve" if modelled else "cluster.cli"
+    command = [sys.executable, "-m", program, "serve", model, "--port", str(port), *flags]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -100,12 +115,30 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     raise RuntimeError(f"no cluster:\n{log.read_text(errors='replace')[-2000:]}")
 
 
+class DisturbedError(Exception):
+    """The machine stood still during a run: it says nothing."""
+
+
 def replayed(
     url: str, requests: Sequence[WorkloadRequest], seed: int
 ) -> tuple[list[RequestResult], float]:
-    """Send a workload; what became of its requests, and the seconds that it took."""
+    """Send a workload; what became of its requests, and the seconds that it took.
+
+    Raises:
+        DisturbedError: This process, and so likely all, got no CPU for a while.
+    """
+    longest = 0.0
+
+    async def watch() -> None:
+        nonlocal longest
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(LOOK)
+            now = time.monotonic()
+            longest, last = max(longest, now - last - LOOK), now
 
     async def run() -> Replay:
+        watching = asyncio.create_task(watch())
         async with CompletionClient(url) as client:
             model, _ = await client.model()
             settings = ReplaySettings(
@@ -113,9 +146,12 @@ def replayed(
             )
             replay = Replay(client, requests, settings)
             await replay.run()
+            watching.cancel()
             return replay
 
     done = asyncio.run(run())
+    if longest > STOOD_STILL:
+        raise DisturbedError(f"nothing ran for {longest:.0f} s")
     return done.results, done.seconds
 
 
@@ -133,6 +169,19 @@ def total(text: str, name: str) -> float:
         for sample in family.samples
         if sample.name == name
     )
+
+
+def _undisturbed(
+    name: str, admin: AdminClient, run: Callable[[str, AdminClient], dict[str, Any]]
+) -> dict[str, Any]:
+    """A run that counts."""
+    for _ in range(TRIES - 1):
+        try:
+            return run(name, admin)
+        except DisturbedError as error:
+            print(f"{name}: {error}; once more", file=sys.stderr, flush=True)
+            time.sleep(PAUSE)
+    return run(name, admin)
 
 
 def take(
@@ -161,6 +210,6 @@ def take(
         with cluster() as admin:
             for name in now:
                 began = time.monotonic()
-                campaign.write_result(run(name, admin), folder / name)
+                campaign.write_result(_undisturbed(name, admin, run), folder / name)
                 print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     return len(missing) - len(now)

@@ -11,7 +11,7 @@ Means must agree with the median of the real runs within 10 %, and 99th percenti
 Each run leaves a file in the folder --runs, and is not repeated where that is there.
 
     python -m bench.simulation_fidelity [--quick] [--json PATH] [--runs FOLDER] [--real N]
-        [--at-most N]
+        [--at-most N] [--modelled]
 """
 
 from __future__ import annotations
@@ -37,7 +37,12 @@ from cluster.simulation.workloads.sources import load_workload
 
 MODEL = "smollm2"
 INSTANCES = 2
-SETTINGS = {"threads": "1", "max-model-len": "2048"}
+SETTINGS = {
+    "threads": "1",
+    "max-model-len": "2048",
+    "dtype": "bfloat16",
+    "num-gpu-blocks-override": "2912",
+}
 LIKE = "llama-8b-a10"
 """Where the profile has what shows from inside only; this workload needs none of it."""
 WORKLOAD = "fixed?rate=1.5&requests=90&prompt=16-320&output=16-96"
@@ -133,7 +138,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = made.parse_args(arguments)
     workload = QUICK_WORKLOAD if given.quick else WORKLOAD
     kind, number = ("quick", 1) if given.quick else ("real", given.real)
-    names = ["profile.json", *(f"{kind}-{run}.json" for run in range(number))]
+    of = "_modelled" if given.modelled else ""
+    names = [f"profile{of}.json", *(f"{kind}{of}-{run}.json" for run in range(number))]
     flags = ["--instances", str(INSTANCES)]
     for key, value in SETTINGS.items():
         flags += [f"--{key}", value]
@@ -141,14 +147,16 @@ def main(arguments: list[str] | None = None) -> int:
         names,
         given.runs,
         given.at_most,
-        functools.partial(served_cluster.served, MODEL, flags, given.runs / "serve.log"),
+        functools.partial(
+            served_cluster.served, MODEL, flags, given.runs / "serve.log", given.modelled
+        ),
         functools.partial(one_run, workload=workload),
     )
     if left:
         print(f"{left} runs are left: call again", file=sys.stderr)
         return served_cluster.UNFINISHED
     calibrated, *real = (json.loads((given.runs / name).read_text()) for name in names)
-    profile = given.runs / "profile.yaml"
+    profile = given.runs / f"profile{of}.yaml"
     profile.write_text(calibrated["profile"], encoding="utf-8")
     rows = rows_of(real, simulated(profile, workload))
     print_table(
@@ -158,7 +166,14 @@ def main(arguments: list[str] | None = None) -> int:
             for row in rows
         ],
     )
-    result = {"model": MODEL, "workload": workload, "rows": rows, "runs": real, **calibrated}
+    result = {
+        "model": MODEL,
+        "modelled": given.modelled,
+        "workload": workload,
+        "rows": rows,
+        "runs": real,
+        **calibrated,
+    }
     return finish(result, targets_of(rows), given.json)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -18,6 +18,12 @@ Floats = NDArray[np.float64]
 
 _STEP_COSTS = 5
 """Costs that are linear in a step's shape; ``hidden_tokens`` is searched."""
+_TRIED = 8
+"""Intervals into which a range that is searched is cut."""
+_FINE = 2e-4
+"""Seconds to which an overhead is found."""
+_SHORTEST = 1e-6
+"""Seconds that a step takes at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,44 @@ def fit_steps(samples: Sequence[StepSample]) -> StepCost:
             return found[1]
         at, reach, step = int(found[1].hidden_tokens), step, max(1, step // 4)
         tried = range(max(0, at - reach), at + reach + 1, step)
+
+
+def fit_with_overhead(
+    steps: Sequence[StepSample], firsts: Sequence[StepSample]
+) -> tuple[StepCost, float]:
+    """Costs of steps, and the seconds that a request takes beside its step.
+
+    Args:
+        steps: Steps alone.
+        firsts: Times from a request to its first token, each with the step that made it.
+
+    Raises:
+        ValueError: if there are no firsts, or fewer samples than parameters.
+    """
+    if not firsts:
+        raise ValueError("no time to a first token was measured")
+
+    def fitted(overhead: float) -> tuple[float, float, StepCost]:
+        cost = fit_steps([*steps, *without_overhead(firsts, overhead)])
+        error = sum(relative_error(one, cost) ** 2 for one in steps)
+        error += sum(((one.predicted(cost) + overhead) / one.seconds - 1.0) ** 2 for one in firsts)
+        return error, overhead, cost
+
+    # As for what is hidden: ever closer around the best.
+    low, high = 0.0, min(one.seconds for one in firsts)
+    while True:
+        width = (high - low) / _TRIED
+        _, overhead, cost = min(
+            (fitted(low + number * width) for number in range(_TRIED + 1)), key=lambda f: f[:2]
+        )
+        if width < _FINE:
+            return cost, overhead
+        low, high = max(0.0, overhead - width), min(high, overhead + width)
+
+
+def without_overhead(firsts: Sequence[StepSample], overhead: float) -> list[StepSample]:
+    """The steps behind times to a first token."""
+    return [replace(one, seconds=max(one.seconds - overhead, _SHORTEST)) for one in firsts]
 
 
 def _with_hidden(table: Floats, seconds: Floats, hidden: int) -> tuple[float, StepCost]:

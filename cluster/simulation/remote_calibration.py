@@ -15,7 +15,12 @@ from cluster.replay.client import Answer, CompletionClient, ServerError
 from cluster.simulation.calibration import CalibrationError
 from cluster.simulation.profile import CostProfile
 from cluster.simulation.profile_check import Check, check_fit
-from cluster.simulation.profile_fit import StepSample, fit_steps, predict_step
+from cluster.simulation.profile_fit import (
+    StepSample,
+    fit_with_overhead,
+    predict_step,
+    without_overhead,
+)
 from cluster.simulation.workloads.records import token_ids
 from instance.budget import attended
 from instance.executor import ModelDescription
@@ -83,15 +88,17 @@ def calibrate_cluster(
     admin = AdminClient.find(url, admin_key)
     found = members(admin.call("GET", "/admin/instances"))
     try:
-        labels, samples, overhead = asyncio.run(_measure(url, client_key, found, quick, progress))
-    except ServerError as error:
+        labels, steps, firsts = asyncio.run(_measure(url, client_key, found, quick, progress))
+        step, overhead = fit_with_overhead(steps, firsts)
+    except (ServerError, ValueError) as error:
         raise CalibrationError(str(error)) from None
+    samples = [*steps, *without_overhead(firsts, overhead)]
     one = found[0]
     where = f"drover calibrate --url, {len(found)} instances of {one.model.name}"
     profile = CostProfile(
         name=name or one.model.name,
         model=one.model,
-        step=fit_steps(samples),
+        step=step,
         copy_out=like.copy_out,
         copy_in=like.copy_in,
         link=like.link,
@@ -105,7 +112,7 @@ def calibrate_cluster(
             "link": f"not measured: as in {like.name}",
             "num_blocks": "the cluster's admin API",
             "num_host_blocks": f"not measured: as in {like.name}",
-            "overhead": f"{where}; time to the first token of the shortest prompt, less a step",
+            "overhead": f"{where}; times to the first token, less a step each",
         },
     )
     return profile, check_fit(labels, samples, predict_step)
@@ -117,9 +124,9 @@ async def _measure(
     found: Sequence[Member],
     quick: bool,
     progress: Callable[[str], None],
-) -> tuple[list[str], list[StepSample], float]:
-    """What was measured, how long steps took, and what a request takes beside them."""
-    one, repeats = found[0], 3 if quick else 7
+) -> tuple[list[str], list[StepSample], list[StepSample]]:
+    """What was measured: steps, and times to first tokens."""
+    one, repeats = found[0], 5 if quick else 9
     longest = min(one.model.max_model_len, one.total_blocks * one.model.block_size)
     async with CompletionClient(url, key) as client:
         model, context = await client.model()
@@ -142,17 +149,15 @@ async def _measure(
                 progress(f"{labels[-1]}: {1000 * gap:.2f} ms")
         if not samples:
             raise CalibrationError("no streams that the cluster takes decode at the same time")
-        # What a request takes besides its steps shows where the step is known.
-        shortest = await _first_token(client, model, source, 1, repeats, len(found))
-        overhead = max(0.0, shortest - samples[0].seconds)
-        for length in (8, 16, 32, 64, 128, 192, 256, 384, 512):
+        # A step that reads a prompt does not show alone: what a request takes besides is part.
+        firsts = []
+        for length in (2, 8, 16, 32, 64, 128, 192, 256, 384, 512):
             if length <= min(_LONGEST_PROMPT, longest - 2):
                 first = await _first_token(client, model, source, length, repeats, len(found))
-                seconds = max(first - overhead, 1e-6)
                 labels.append(f"prefill of {length}")
-                samples.append(StepSample(length, attended(0, length), 0, 0, seconds))
-                progress(f"{labels[-1]}: {1000 * seconds:.2f} ms")
-    return labels, samples, overhead
+                firsts.append(StepSample(length, attended(0, length), 0, 0, first))
+                progress(f"first token after {length}: {1000 * first:.2f} ms")
+    return labels, samples, firsts
 
 
 class _Prompts:

@@ -73,13 +73,15 @@ def test_every_other_request_is_long() -> None:
 
 
 def test_each_side_comes_first_in_turn() -> None:
-    names = rebalance.names_of(3, quick=False)
+    names = rebalance.names_of(3, quick=False, modelled=False)
     assert [name.split("-")[1:] for name in names] == [
         ["0", "off.json"], ["0", "on.json"],
         ["1", "on.json"], ["1", "off.json"],
         ["2", "off.json"], ["2", "on.json"],
     ]  # fmt: skip
-    assert not {*names} & {*rebalance.names_of(3, quick=True)}
+    others = [(True, False), (False, True), (True, True)]
+    kinds = [rebalance.names_of(3, quick, modelled) for quick, modelled in others]
+    assert len({*names, *(name for kind in kinds for name in kind)}) == 4 * len(names)
 
 
 def result(pair: int, side: str, p99: float, preemptions: float, failed: int = 0) -> dict[str, Any]:

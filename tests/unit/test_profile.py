@@ -25,11 +25,13 @@ from cluster.simulation.profile_fit import (
     fit_copies,
     fit_link,
     fit_steps,
+    fit_with_overhead,
     held_out,
     predict_copy,
     predict_link,
     predict_step,
     relative_error,
+    without_overhead,
 )
 from instance.budget import attended
 from instance.step_cost import StepCost
@@ -171,6 +173,28 @@ exact = settings(max_examples=25, deadline=None)
 def test_a_fit_finds_what_made_the_samples(cost: StepCost) -> None:
     found = fit_steps(samples(cost))
     assert max(abs(relative_error(one, found)) for one in samples(cost)) < 0.01
+
+
+@pytest.mark.parametrize("overhead", [0.0, 0.0321])
+@pytest.mark.parametrize("hidden", [0, 40])
+def test_what_requests_take_beside_their_steps_is_told_apart(overhead: float, hidden: int) -> None:
+    cost = StepCost(0.02, 7e-4, 1e-3, 1e-5, 4e-7, hidden)
+    steps = [
+        StepSample(0, 0, rows, rows * context, cost.of(0, 0, rows, rows * context))
+        for rows in (1, 2, 4, 8)
+        for context in (28, 268)
+    ]
+    firsts = [
+        StepSample(size, size * size // 2, 0, 0, cost.of(size, size * size // 2, 0, 0) + overhead)
+        for size in (2, 16, 32, 64, 128, 256, 512)
+    ]
+    found, beside = fit_with_overhead(steps, firsts)
+    assert beside == pytest.approx(overhead, abs=2e-3)
+    for one, step in zip(firsts, without_overhead(firsts, overhead), strict=True):
+        assert one.predicted(found) + beside == pytest.approx(one.seconds, rel=0.03)
+        assert step.predicted(cost) == pytest.approx(step.seconds)
+    with pytest.raises(ValueError, match="first token"):
+        fit_with_overhead(steps, [])
 
 
 def test_held_out_steps_are_predicted() -> None:
