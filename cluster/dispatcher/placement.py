@@ -31,6 +31,9 @@ PlacementPolicy = Callable[[PlaceRequest, Candidates, Uniform], LoadView]
 _AFFINITY_OCCUPANCY = 0.9
 """Share of KV in use beyond which ``prefix`` no longer sends requests after their prefix."""
 
+_AS_SOON = 16
+"""Blocks of prompt that make no difference to ``prefix``."""
+
 
 def freeness(request: PlaceRequest, candidates: Candidates, rng: Uniform) -> LoadView:
     """The least predicted loss of time, by freeness (Llumnix, section 4.4) and prompts.
@@ -46,10 +49,23 @@ def freeness(request: PlaceRequest, candidates: Candidates, rng: Uniform) -> Loa
 
 
 def prefix(request: PlaceRequest, candidates: Candidates, rng: Uniform) -> LoadView:
-    """The longest prefix held, among those not nearly full; ties by freeness."""
+    """The longest prefix held, where no queue costs more than the prefix saves.
+
+    Of the instances that are not nearly full those count where least is to be computed until
+    the first token: the prompts before it, and what is missing of its own. What is missing
+    counts twice, since it also delays what comes after. Among these the longest prefix
+    decides, then freeness.
+    """
     spare = candidates.occupancy < _AFFINITY_OCCUPANCY
     if spare.any() and not spare.all():
         candidates = candidates.where(spare)
+    if candidates.cached.any():
+        block = candidates.block_prompt_seconds
+        missing = candidates.cached.max() - candidates.cached
+        until = candidates.prompt_seconds + 2.0 * missing * block
+        soon = until <= until.min() + _AS_SOON * block
+        if not soon.all():
+            candidates = candidates.where(soon)
     longest = candidates.cached == candidates.cached.max()
     if not longest.all():
         candidates = candidates.where(longest)

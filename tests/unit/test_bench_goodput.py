@@ -78,5 +78,5 @@ def test_the_verdict_is_on_the_worst_workload() -> None:
 
 def test_the_forms() -> None:
     full = bench.runs_of(False, 400)
-    assert len({one.file_name for one in full}) == len(full) == 45
+    assert len({one.file_name for one in full}) == len(full) == 33
     assert len({dataclasses.replace(one, system="") for one in bench.runs_of(True, 1)}) == 1

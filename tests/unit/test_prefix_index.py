@@ -22,7 +22,7 @@ from instance.kv.prefix_events import (
     merge,
     prompt_keys,
 )
-from tests.unit.dispatching import ask, dispatcher, info, placed, report
+from tests.unit.dispatching import ask, dispatcher, info, placed, report, sequence
 
 
 def key(number: int) -> bytes:
@@ -261,6 +261,26 @@ def test_a_prefix_is_not_worth_more_than_the_work_it_saves() -> None:
     for n in range(4):
         asked = PlaceRequested(ask(f"r{n}", prefix=many_keys(20)))
         assert placed(follow.handle(asked, 0.1)) == ["i0"]
+
+
+def test_a_prefix_is_followed_until_the_queue_costs_more_than_it_saves() -> None:
+    def goes(ahead: int) -> str:
+        core = dispatcher(placement="prefix")
+        for name in ("i0", "i1"):
+            core.handle(Joined(info(name)), 0.0)
+            delta = PrefixDelta(0, 1, many_keys(40) if name == "i0" else b"", b"")
+            told = told_report(name, 1, delta)
+            if name == "i0":
+                first = dataclasses.replace(sequence("first"), uncomputed=ahead)
+                told = dataclasses.replace(told, sequences=(first,))
+            core.handle(Reported(told), 0.0)
+        # 640 of 800 tokens are there.
+        asked = ask("r0", tokens=800, prefix=many_keys(40))
+        return placed(core.handle(PlaceRequested(asked), 0.1))[0]
+
+    # Computing all of it elsewhere would delay it and what follows by 640 tokens each.
+    assert goes(1200) == "i0"
+    assert goes(1900) == "i1"
 
 
 def test_a_missing_delta_is_asked_for_once_in_a_while() -> None:
