@@ -14,9 +14,10 @@ changing
 
 A time wanted is a multiple of what an idle instance takes: to the first token three times that
 of a prompt longer than nine of ten of the workload, per token two and a half steps. Both are
-scaled together. The rate is found by bisection.
+scaled together. The rate is found by bisection. Requests of the first part of a run, in which the
+cluster fills and roles find their split, do not count.
 
-    python -m bench.goodput [--quick] [--json PATH] [--runs FOLDER] [--requests N] [--workers N]
+    python -m bench.goodput [--quick] [--json PATH] [--runs FOLDER] [--seconds S] [--workers N]
 """
 
 from __future__ import annotations
@@ -55,9 +56,13 @@ SETTINGS: dict[str, Any] = {
     "further_steps": 2.5,
     "share": 0.9,
     "precision": 0.1,
+    "warm_up": 0.4,
+    "window": 10.0,
+    "cooldown": 2.0,
 }
 """``first_steps``, ``further_steps``: times wanted over those of an idle instance;
-``precision``: share by which the rate found may be too low."""
+``precision``: share by which the rate found may be too low; ``warm_up``: share of a run that does
+not count; ``window``, ``cooldown``: of roles that change, shorter than usual as the runs are."""
 WORKLOADS = {
     "chat": "lengths_sharegpt_firstturn.csv.gz",
     "code": "azure2023_code_0-2400s.csv.gz",
@@ -67,7 +72,7 @@ WORKLOADS = {
 MIXED, CHANGING = "mixed", "changing"
 FIXED = {"1P+3D": 1, "2P+2D": 2, "3P+1D": 3}
 SYSTEMS = (MIXED, *FIXED, CHANGING)
-FEW = (MIXED, "2P+2D", CHANGING)
+FEW = (MIXED, CHANGING)
 """Those whose times wanted are scaled."""
 SCALES = (0.5, 1.0, 2.0)
 """Of the times wanted."""
@@ -142,22 +147,23 @@ class Run:
         system: Of ``SYSTEMS``.
         workload: Of ``WORKLOADS``.
         scale: Of the times wanted.
+        seconds: In which requests come.
     """
 
     system: str
     workload: str
     scale: float
     seed: int
-    requests: int
+    seconds: float
 
     @property
     def file_name(self) -> str:
         """Tells the run from all others, and from the same under other settings."""
-        words = self.workload, self.system, self.scale, self.seed, self.requests
+        words = self.workload, self.system, self.scale, self.seed, self.seconds
         return campaign.file_name(words, SETTINGS, self)
 
     def serve(self, rate: float) -> list[RequestRecord]:
-        """What becomes of the requests at ``rate`` per second and instance."""
+        """What becomes of the requests that count at ``rate`` per second and instance."""
         target = wanted(self.workload, self.scale)
         count: int = SETTINGS["instances"]
         prompts = FIXED.get(self.system, count // 2)
@@ -169,7 +175,13 @@ class Run:
                 roles=()
                 if self.system == MIXED
                 else tuple((instance_name(at), role) for at, role in enumerate(roles)),
-                role_changes=RolesConfig(self.system == CHANGING, target.ttft, target.tpot),
+                role_changes=RolesConfig(
+                    self.system == CHANGING,
+                    target.ttft,
+                    target.tpot,
+                    SETTINGS["window"],
+                    SETTINGS["cooldown"],
+                ),
             ),
             self.seed,
         )
@@ -178,8 +190,10 @@ class Run:
         scenario = dataclasses.replace(
             scenario, engine=dataclasses.replace(engine, scheduler=scheduler)
         )
-        requests = workload(self.workload, rate * count, self.requests, self.seed)
-        return Simulation(scenario, requests).run().requests
+        number = max(1, round(rate * count * self.seconds))
+        requests = workload(self.workload, rate * count, number, self.seed)
+        records = Simulation(scenario, requests).run().requests
+        return records[int(SETTINGS["warm_up"] * len(records)) :]
 
     def execute(self) -> dict[str, Any]:
         """The rate, and where the time of requests went at it."""
@@ -252,12 +266,12 @@ def show(cells: Cells) -> None:
     print_table([*head, *(part.replace("_", " ") for part in parts)], rows)
 
 
-def runs_of(quick: bool, requests: int) -> list[Run]:
+def runs_of(quick: bool, seconds: float) -> list[Run]:
     """All bisections."""
     if quick:
-        return [Run(system, "code", 1.0, 1, 100) for system in FEW]
+        return [Run(system, "code", 1.0, 1, 10.0) for system in (MIXED, "2P+2D", CHANGING)]
     return [
-        Run(system, name, scale, 1, requests)
+        Run(system, name, scale, 1, seconds)
         for name in WORKLOADS
         for scale in SCALES
         for system in (SYSTEMS if scale == 1.0 else FEW)
@@ -266,15 +280,15 @@ def runs_of(quick: bool, requests: int) -> list[Run]:
 
 def main(arguments: list[str] | None = None) -> int:
     made = campaign.options(__doc__ or "", "goodput")
-    made.add_argument("--requests", type=int, default=300)
+    made.add_argument("--seconds", type=float, default=50.0)
     given = made.parse_args(arguments)
-    runs = runs_of(given.quick, given.requests)
+    runs = runs_of(given.quick, given.seconds)
     results = campaign.run_all(runs, given.runs, given.workers)
     cells = cells_of(results)
     show(cells)
     result = {
         "settings": SETTINGS,
-        "requests": runs[0].requests,
+        "seconds": runs[0].seconds,
         "cells": [
             {"workload": name, "scale": scale, "systems": cell}
             for (name, scale), cell in cells.items()
