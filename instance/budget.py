@@ -17,8 +17,12 @@ from instance.fit import Fit
 from instance.request import RequestClass, StepPlan
 
 STRETCH = 3.5
-"""Where no target is set: a step with prefill may take so many times one without. Steps
-vary, so this leaves the slowest percentile below five times."""
+"""Where no target is set: a step with prefill may take so many times one without."""
+SLOWEST = 3.8
+"""The slowest percentile of them may take so many times one without: where steps vary much,
+prefill is given less than ``STRETCH`` allows."""
+_TAIL = 4.0  # that percentile, in mean deviations (of a Laplace distribution: 3.9)
+_LEAST_STRETCH = 2.0
 MIN_CHUNK = 16
 """Prefill tokens that a step may always hold, so that prefills end under any target."""
 
@@ -116,6 +120,7 @@ class StepCostLearner:
     Attributes:
         samples: Steps learned from.
         prefill_samples: Of these, steps that held prefill.
+        deviation: How far steps are from the fit, relative to it: a mean of the latest.
     """
 
     def __init__(self) -> None:
@@ -123,7 +128,7 @@ class StepCostLearner:
         self.prefill_samples = 0
         self._fit = Fit(_PRIOR, _MEMORY)
         self._costs: StepCosts | None = None
-        self._deviation = _LEAST_DEVIATION
+        self.deviation = _LEAST_DEVIATION
 
     @property
     def costs(self) -> StepCosts:
@@ -148,9 +153,9 @@ class StepCostLearner:
         if expected <= 0.0:
             return seconds
         off = abs(seconds / expected - 1.0)
-        within = min(off, _CLIP * self._deviation)
-        deviation = self._deviation + _DEVIATION_SHARE * (within - self._deviation)
-        self._deviation = max(_LEAST_DEVIATION, deviation)
+        within = min(off, _CLIP * self.deviation)
+        deviation = self.deviation + _DEVIATION_SHARE * (within - self.deviation)
+        self.deviation = max(_LEAST_DEVIATION, deviation)
         return expected * max(_LEAST_DEVIATION, 1.0 + math.copysign(within, seconds - expected))
 
 
@@ -160,7 +165,7 @@ class TokenBudget:
     Args:
         max_tokens: Of a step, decodes included.
         targets: Seconds per output token that each class may take, by class; 0 stands for
-            ``STRETCH`` times the same step without prefill.
+            ``stretch`` times the same step without prefill.
 
     Attributes:
         learner: Fed with every step that is worth it.
@@ -178,6 +183,13 @@ class TokenBudget:
     def learned(self) -> bool:
         """A step with prefill was measured, so that more can be told than ``max_tokens``."""
         return self.learner.prefill_samples > 0
+
+    @property
+    def stretch(self) -> float:
+        """``STRETCH``, or less where the steps vary so much that their slowest percentile
+        would take longer than ``SLOWEST`` allows."""
+        within = SLOWEST / (1.0 + _TAIL * self.learner.deviation)
+        return max(_LEAST_STRETCH, min(STRETCH, within))
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
         """A step ended. Of those that only decode the first after one with prefill counts:
@@ -216,7 +228,7 @@ class TokenBudget:
             alone = costs.seconds(StepShape(decodes=decodes, decode_context=decode_context))
             # Of several targets the tightest counts; a step alone may exceed it already.
             target = min(
-                (self._targets[one] or STRETCH * alone for one in set(classes)),
+                (self._targets[one] or self.stretch * alone for one in set(classes)),
                 default=math.inf,
             )
             within = costs.prefill_within(target - alone, start)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from instance.budget import (
     MIN_CHUNK,
+    SLOWEST,
     STRETCH,
     StepCostLearner,
     StepCosts,
@@ -187,6 +188,34 @@ def test_a_step_stays_inside_the_target(
         more = allowed + MIN_CHUNK + allowed // 5
         longer = StepShape(more, attended(start, more), decodes, decodes * context)
         assert COSTS.seconds(longer) >= 0.9 * limit
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("noise", [0.0, 0.1, 0.3])
+def test_where_steps_vary_their_slowest_percentile_is_bounded(seed: int, noise: float) -> None:
+    """Times are the fit's and a noise with heavy tails; prompts come and go."""
+    rng = random.Random(seed)
+    budget = taught(COSTS, seed=seed)
+    alone = COSTS.seconds(StepShape(0, 0, 8, 8000))
+    assert budget.stretch == STRETCH
+    slow = steps = 0
+    for number in range(200):
+        allowed = budget.allow(8, 8000, STANDARD, 0) if number % 5 else 0
+        one = StepShape(allowed, attended(0, allowed), 8, 8000)
+        off = rng.expovariate(1.0) * rng.choice((-noise, noise)) / 2
+        seconds = COSTS.seconds(one) * max(0.1, 1.0 + off)
+        budget.learner.observe(one, seconds)
+        if number >= 50:
+            steps += 1
+            slow += seconds > 1.35 * SLOWEST * alone
+    assert 2.0 <= budget.stretch <= STRETCH
+    assert slow <= steps * 0.03
+
+
+def test_a_calm_machine_gives_prefill_more_than_one_whose_steps_vary() -> None:
+    calm, rough = taught(COSTS), taught(COSTS, noise=0.3)
+    assert rough.stretch < calm.stretch == STRETCH
+    assert MIN_CHUNK < rough.allow(8, 8000, STANDARD, 0) < calm.allow(8, 8000, STANDARD, 0)
 
 
 def test_the_tightest_class_of_the_batch_counts() -> None:
