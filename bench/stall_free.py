@@ -6,7 +6,8 @@ in turns: with a real model on the CPU, on one thread, and with the steps of a 7
 A10, by its cost profile, on a virtual clock.
 
 TBT, the time between two tokens of those who read, is told in undisturbed steps: the median
-before the first long prompt, over both sides of a round.
+while no long prompt is read, over both sides of a round. (Before the first long prompt they would
+be shorter: contexts grow.)
 
     python -m bench.stall_free [--quick] [--json PATH] [--rounds N] [--model NAME]
 """
@@ -24,7 +25,7 @@ from cluster.simulation.profile_files import load_profile
 from instance.config import EngineConfig, SchedulerConfig
 
 PROFILE = "llama-7b-a10"
-ON_CPU = Load(8, 32, 160, 5, 1024, 8, 30, 28)
+ON_CPU = Load(8, 32, 320, 10, 1024, 8, 30, 28)
 ON_CPU_QUICK = Load(4, 16, 48, 2, 384, 4, 16, 16)
 ON_A10 = Load(16, 128, 300, 6, 1024, 16, 30, 45)
 FIGURES = ("tbt_p50", "tbt_p99", "tbt_max", "ttft", "seconds", "tokens_per_second")
@@ -93,7 +94,7 @@ def targets(rows: Sequence[dict[str, Any]]) -> list[Target]:
 def main() -> int:
     """Run the experiment, print its result, answer with the verdict."""
     arguments = parser(__doc__ or "")
-    arguments.add_argument("--rounds", type=int, default=5, help="of both sides, on the CPU")
+    arguments.add_argument("--rounds", type=int, default=3, help="of both sides, on the CPU")
     arguments.add_argument("--model", default="smollm2")
     options = arguments.parse_args()
     result = run(options)

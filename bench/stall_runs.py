@@ -225,13 +225,13 @@ class Clients:
         }
 
     def undisturbed(self) -> float:
-        """Median seconds between two tokens of a resident before the first long prompt."""
-        began = self.longs[0].sent
+        """Median seconds between two tokens of a resident while no long prompt is read."""
+        read = [(one.sent, one.times[0]) for one in self.longs]
         return median(
             later - sooner
             for one in self.residents
             for sooner, later in itertools.pairwise(one.times)
-            if later <= began
+            if all(later <= sent or sooner >= first for sent, first in read)
         )
 
 

@@ -18,7 +18,7 @@ from instance.request import RequestClass, StepPlan
 
 STRETCH = 3.5
 """Where no target is set: a step with prefill may take so many times one without."""
-SLOWEST = 3.8
+SLOWEST = 4.2
 """The slowest percentile of them may take so many times one without: where steps vary much,
 prefill is given less than ``STRETCH`` allows."""
 _TAIL = 4.0  # that percentile, in mean deviations (of a Laplace distribution: 3.9)

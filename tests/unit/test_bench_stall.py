@@ -7,8 +7,17 @@ import itertools
 import pytest
 
 from bench.stall_free import rounds, targets
-from bench.stall_runs import CHUNKED, PREFILL_FIRST, SIDES, Clients, Load, run_modelled
+from bench.stall_runs import (
+    CHUNKED,
+    PREFILL_FIRST,
+    SIDES,
+    Clients,
+    Load,
+    Timing,
+    run_modelled,
+)
 from cluster.simulation.profile import CopyCost, CostProfile, LinkCost
+from instance.clock import VirtualClock
 from instance.executor import ModelDescription
 from instance.step_cost import StepCost
 
@@ -79,6 +88,14 @@ def test_no_decode_is_skipped_where_prompts_are_chunked(runs: dict[str, Clients]
     assert figures["ttft"] > runs[PREFILL_FIRST].figures(STEP)["ttft"]
     # All that is computed from the first long prompt on, at what it takes at least.
     assert figures["tokens_per_second"] < 1 / TOKEN + 3 / STEP
+
+
+def test_undisturbed_steps_are_those_in_which_no_prompt_is_read() -> None:
+    clients = Clients(LOAD, CHUNKED, VirtualClock(), range(9))
+    clients.residents.append(Timing(0.0, [1.0, 2.0, 9.0, 16.0, 19.0, 23.0]))
+    clients.longs += [Timing(2.5, [15.5, 15.6]), Timing(20.0, [22.0])]
+    # From 1 to 2, and from 16 to 19.
+    assert clients.undisturbed() == 2.0
 
 
 def test_figures_are_in_undisturbed_steps(runs: dict[str, Clients]) -> None:
