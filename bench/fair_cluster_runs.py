@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.service_record import ServiceRecord
+from cluster.dispatcher.candidates import Candidates
 from cluster.dispatcher.core import DispatcherConfig
 from cluster.dispatcher.events import MigrationRequested
 from cluster.dispatcher.fairness import Source
@@ -31,7 +32,6 @@ from cluster.dispatcher.placement import NamedPolicy, Uniform, freeness
 from cluster.dispatcher.rebalance import RebalanceConfig
 from cluster.dispatcher.requests import RequestConfig
 from cluster.dispatcher.scaling import instance_name
-from cluster.dispatcher.table import Candidates
 from cluster.dispatcher.views import LoadView
 from cluster.simulation.device import device
 from cluster.simulation.profile import CostProfile

@@ -21,7 +21,8 @@ Each run is a file in the folder --runs; one that is there is not run again, so 
 that was stopped goes on where it was.
 
     python -m bench.llumnix_policies [--quick] [--json PATH] [--runs FOLDER] [--workers N]
-        [--form development|verdict] [--seeds N] [--workloads NAMES] [--sweep]
+        [--form development|verdict] [--seeds N] [--workloads NAMES] [--shares NUMBERS]
+        [--sweep]
 """
 
 from __future__ import annotations
@@ -294,14 +295,14 @@ def runs_of(given: argparse.Namespace) -> list[Run]:
             Run(workload, part, "Llumnix", seed, *form, threshold)
             for seed in range(1, given.seeds + 1)
             for workload in given.workloads
-            for part in SHARES
+            for part in given.shares
             for threshold in THRESHOLDS
         ]
     return [
         Run(workload, part, policy, seed, *form, BEST_THRESHOLD[workload] * (policy == "Llumnix"))
         for seed in range(1, given.seeds + 1)
         for workload in given.workloads
-        for part in SHARES
+        for part in given.shares
         for policy in POLICIES
     ]
 
@@ -338,6 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
     made.add_argument("--form", choices=list(FORMS), default="development")
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    made.add_argument("--shares", nargs="+", type=float, choices=SHARES, default=list(SHARES))
     made.add_argument("--sweep", action="store_true", help="sweep Llumnix's threshold instead")
     given = made.parse_args(arguments)
     runs = runs_of(given)

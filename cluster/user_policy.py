@@ -28,10 +28,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.dispatcher.candidates import Candidates
 from cluster.dispatcher.messages import PlaceRequest
 from cluster.dispatcher.placement import NamedPolicy, Uniform
 from cluster.dispatcher.policies import PolicyFailed
-from cluster.dispatcher.table import Candidates
 from cluster.dispatcher.views import LoadView
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from cluster.dispatcher.candidates import Candidates
 from cluster.dispatcher.load import InstanceLoad
-from cluster.dispatcher.table import Candidates, LoadTable
+from cluster.dispatcher.table import LoadTable
 from instance.load import InstanceInfo, SequenceLoad
 from instance.request import Account, RequestClass
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.dispatcher.candidates import Candidates
 from cluster.dispatcher.events import (
     Action,
     AskPrefixes,
@@ -48,9 +49,8 @@ from cluster.dispatcher.rebalance import RebalanceConfig
 from cluster.dispatcher.requests import RequestConfig, Requests
 from cluster.dispatcher.roles import Roles, RolesConfig
 from cluster.dispatcher.scaling import Scaler, ScalingConfig
-from cluster.dispatcher.table import Candidates
 from cluster.dispatcher.tenants import TenantPolicy, policy_from_json, policy_to_json
-from cluster.dispatcher.views import InstanceState, LoadView
+from cluster.dispatcher.views import LoadView
 from instance.load import InstanceInfo, LoadReport, Role, SequenceLoad
 
 
@@ -293,9 +293,8 @@ class Dispatcher:
         if expired:
             self._count("charges", "expired", expired)
         lifetimes = self.config.load
-        for name, load in self.members.loads.items():
-            if self.members.state(name, now) is InstanceState.GONE:
-                self._gone(name, load.info.incarnation, now)
+        for load in self.members.gone(now):
+            self._gone(load.info.instance_id, load.info.incarnation, now)
         self.ledger.expire(now, lifetimes.forget_after)
         actions = self.placing.expire(now, lifetimes.charge_lifetime)
         self._scale(now)

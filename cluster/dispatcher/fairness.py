@@ -281,8 +281,10 @@ class FairnessLedger:
 
     def apart(self) -> bool:
         """Whether tenants of a class that wait differ by more than half the least theta."""
-        most = min((given.theta for given in self._live()), default=math.inf) / 2
-        return any(self._spread(one) > most for one in RequestClass)
+        spread = max(self._spread(one) for one in RequestClass)
+        if not spread:
+            return False
+        return spread > min((given.theta for given in self._live()), default=math.inf) / 2
 
     def _spread(self, request_class: RequestClass) -> float:
         counters = [self.counter(account) for account in self.waiting(request_class)]

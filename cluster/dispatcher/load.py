@@ -203,6 +203,11 @@ class InstanceLoad:
         return self.leaving or self.draining
 
     @property
+    def present_role(self) -> Role:
+        """What it is for: what an operator made it, else what it reports."""
+        return self.role or (Role.MIXED if self.report is None else self.report.role)
+
+    @property
     def sequences(self) -> tuple[SequenceLoad, ...]:
         """The sequences of the last report."""
         return () if self.report is None else self.report.sequences
@@ -393,7 +398,6 @@ class InstanceLoad:
         arriving = [s for s in self._arriving.values() if s.request_id not in self._by_id]
         free += staying.freed - max(0, sum(s.blocks for s in arriving) - reserved)
         urgent = [s.blocks for s in arriving if s.request_class == RequestClass.INTERACTIVE]
-        reported_role = Role.MIXED if report is None else report.role
         return LoadView(
             info=self.info,
             state=state,
@@ -408,7 +412,7 @@ class InstanceLoad:
             + staying.interactive_blocks
             + sum(urgent),
             last_placed=self.last_placed,
-            role=self.role or reported_role,
+            role=self.present_role,
             charged=len(self.charges),
             backlog=charged.tokens + staying.backlog,
             costs=None if report is None else report.costs,

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from cluster.dispatcher.candidates import Candidates, find_candidates
 from cluster.dispatcher.load import Book, InstanceLoad, LoadConfig, Transfer
 from cluster.dispatcher.messages import ClusterView, InstanceView, PlaceRequest
 from cluster.dispatcher.prefix_index import PrefixIndex
-from cluster.dispatcher.table import Candidates, LoadTable
+from cluster.dispatcher.table import LoadTable
 from cluster.dispatcher.views import InstanceState, LoadView
 from instance.load import InstanceInfo, LoadReport, Role, SequenceLoad
 from instance.request import Account
@@ -112,17 +113,21 @@ class Members:
 
     def expire(self, now: float) -> int:
         """Forget old charges and instances long gone; returns the charges forgotten."""
-        expired = 0
-        for name, load in list(self.loads.items()):
-            expired += load.expire(now - self._config.charge_lifetime)
-            if load.state(now, self._config) is InstanceState.GONE:
-                load.clear()
-                if now - load.heard > self._config.forget_after:
-                    load.forget()
-                    del self.loads[name]
-                    self.prefixes.drop(self.table.remove(name))
-                    self._untold.pop(name, None)
+        oldest = now - self._config.charge_lifetime
+        expired = sum(load.expire(oldest) for load in self.loads.values() if load.charges)
+        for load in self.gone(now):
+            load.clear()
+            if now - load.heard > self._config.forget_after:
+                name = load.info.instance_id
+                load.forget()
+                del self.loads[name]
+                self.prefixes.drop(self.table.remove(name))
+                self._untold.pop(name, None)
         return expired
+
+    def gone(self, now: float) -> list[InstanceLoad]:
+        """The instances that are gone and not forgotten."""
+        return self.table.gone(now)
 
     def release(self, request_id: str, epoch: int) -> None:
         """Forget the charges of a request up to ``epoch``."""
@@ -177,8 +182,8 @@ class Members:
     def candidates(
         self, request: PlaceRequest, now: float, since: float | None = None
     ) -> Candidates | None:
-        """The instances that may take a request; see ``LoadTable.candidates``."""
-        found = self.table.candidates(request, now, since)
+        """The instances that may take a request; see ``find_candidates``."""
+        found = find_candidates(self.table, request, now, since)
         if found is not None and request.prefix:
             found.cached = self.prefixes.match(request.prefix, self.table.size)[found.rows]
         return found

@@ -132,15 +132,16 @@ class Migrations:
         rules = self.rules if config.enabled else "off"
         due = rules != "off" and now - self._balanced >= config.interval
         even = due or (rules == "gain" and self._apart(now))
-        views = {view.instance_id: view for view in members.views(now)}
         emptying = [
             name
-            for name, view in views.items()
-            if view.state is InstanceState.DRAINING or view.role is Role.PREFILL
+            for name, load in members.loads.items()
+            if load.drains or load.present_role is Role.PREFILL
         ]
         budget = config.max_in_flight - len(members.transfers)
         if budget <= 0 or not (even or emptying):
             return []
+        views = {view.instance_id: view for view in members.views(now)}
+        emptying = [name for name in emptying if name in views]
         plan = self._round(views, list(views) if even else emptying, budget, now)
         plan_drain(plan, {name for name in emptying if members.loads[name].leaving})
         plan_handoff(plan)

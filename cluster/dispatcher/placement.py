@@ -13,9 +13,9 @@ from typing import Protocol
 
 import numpy as np
 
+from cluster.dispatcher.candidates import Candidates
 from cluster.dispatcher.llumnix import remaining_steps
 from cluster.dispatcher.messages import PlaceRequest
-from cluster.dispatcher.table import Candidates
 from cluster.dispatcher.views import LoadView
 
 

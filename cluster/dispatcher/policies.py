@@ -7,10 +7,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from cluster.dispatcher.candidates import Candidates
 from cluster.dispatcher.messages import PlaceRequest
 from cluster.dispatcher.migrations import Migrations
 from cluster.dispatcher.placement import POLICIES, NamedPolicy, Uniform, freeness
-from cluster.dispatcher.table import Candidates
 from cluster.dispatcher.views import LoadView
 
 _SHOWN = 64

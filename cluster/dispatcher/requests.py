@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from cluster.dispatcher.binding import Binding
+from cluster.dispatcher.candidates import Candidates
 from cluster.dispatcher.events import Action, Place, Refuse
 from cluster.dispatcher.fairness import FairnessLedger, Source
 from cluster.dispatcher.load import blocks_for
 from cluster.dispatcher.members import Members
 from cluster.dispatcher.messages import Placement, PlaceRequest, Refusal
 from cluster.dispatcher.queues import Held, RequestQueues
-from cluster.dispatcher.table import Candidates
 from cluster.dispatcher.tenants import TenantPolicy
 from cluster.dispatcher.views import InstanceState, LoadView
 from cluster.dispatcher.waiting import WaitingRequests

@@ -1,23 +1,21 @@
 """Loads of all instances as columns, so that a decision costs a few array operations.
 
 A placement changes one instance's load. Its row is written anew when the next decision
-needs it, and policies compare columns instead of walking over instances.
+needs it, and policies compare columns (``candidates``) instead of walking over instances.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, overload
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cluster.dispatcher.load import Book, InstanceLoad, LoadConfig
-from cluster.dispatcher.messages import PlaceRequest
-from cluster.dispatcher.predicted import block_seconds, memory_seconds
+from cluster.dispatcher.predicted import block_seconds
 from cluster.dispatcher.speeds import Speeds
-from cluster.dispatcher.views import InstanceState, LoadView
+from cluster.dispatcher.views import InstanceState
 from instance.load import Role
 
 Floats = NDArray[np.float64]
@@ -33,8 +31,6 @@ STATES = (
 _GONE, _READY, _SUSPECT, _DRAINING = range(4)
 _ROUNDING = 1e-6
 """Seconds by which a sum of times may be off."""
-_STALE_WEIGHT = 0.5
-"""What is left of a freeness whose report is about to make its instance suspect."""
 
 
 class _Open(NamedTuple):
@@ -64,7 +60,7 @@ class LoadTable:
     """
 
     def __init__(self, config: LoadConfig, book: Book) -> None:
-        self._config = config
+        self.config = config
         self._book = book
         self.rows: dict[str, int] = {}
         self._facts: dict[int, tuple[bool, bool, bool, int, int]] = {}
@@ -118,6 +114,10 @@ class LoadTable:
         load.touch()
         return row
 
+    def model_number(self, name: str) -> int:
+        """What ``model`` holds where this model is served; -1 if nowhere."""
+        return self._models.get(name, -1)
+
     def remove(self, name: str) -> int:
         """Forget an instance; returns its row, which may be another's next."""
         row = self.rows.pop(name)
@@ -154,11 +154,11 @@ class LoadTable:
                 self._write(row, load, now)
 
     def _write(self, row: int, load: InstanceLoad, now: float) -> None:
-        view = load.view(now, self._config)
+        view = load.view(now, self.config)
         model = view.info.model
         number = self._models.setdefault(model.name, len(self._models))
         facts = not load.left, load.drains, view.role is not Role.DECODE, number, view.total
-        if facts != self._facts.get(row) or now - self.heard[row] > self._config.suspect_after:
+        if facts != self._facts.get(row) or now - self.heard[row] > self.config.suspect_after:
             self._facts[row] = facts
             self._open = self._states = None
             self.alive[row], self.draining[row], self.prompts[row], self.model[row], _ = facts
@@ -193,8 +193,16 @@ class LoadTable:
             self._states = self._find_states(now)
         return self._states
 
+    def gone(self, now: float) -> list[InstanceLoad]:
+        """The instances that are gone."""
+        found = (
+            self._loads[row]
+            for row in np.flatnonzero(self.states(now)[: len(self._loads)] == _GONE)
+        )
+        return [load for load in found if load is not None]
+
     def _find_states(self, now: float) -> NDArray[np.int8]:
-        suspect, gone = self._config.suspect_after, self._config.gone_after
+        suspect, gone = self.config.suspect_after, self.config.gone_after
         silent = now - self.heard
         # What counts is when silence exceeds a limit: a little before, in rounded seconds.
         left = [limit - silent[self.alive & (silent <= limit)] for limit in (suspect, gone)]
@@ -221,7 +229,7 @@ class LoadTable:
         None if there are none. Slack is in tokens, with the headroom."""
         self.refresh(now)
         ready = self.all_ready(now)
-        usable = ready.rows if ready is not None else np.flatnonzero(self._usable(now - self.heard))
+        usable = ready.rows if ready is not None else np.flatnonzero(self.usable(now - self.heard))
         if not len(usable):
             return None
         return (
@@ -229,8 +237,9 @@ class LoadTable:
             int(self.backlog[usable].min()),
         )
 
-    def _usable(self, silent: Floats) -> Bools:
-        return self.alive & ~self.draining & (silent <= self._config.gone_after)
+    def usable(self, silent: Floats) -> Bools:
+        """[rows] those that may take requests; ``silent`` [rows] are seconds without a report."""
+        return self.alive & ~self.draining & (silent <= self.config.gone_after)
 
     def speed(self) -> Floats:
         """Per row the speed relative to the median instance; 1 where they do not differ."""
@@ -260,202 +269,20 @@ class LoadTable:
         """
         found = self._open
         if found is None or now >= found.until:
-            usable = self._usable(now - self.heard) & self.prompts
+            usable = self.usable(now - self.heard) & self.prompts
             rows = np.flatnonzero(usable)
             if not len(rows):
                 return None
             oldest = float(self.heard[rows].min())
-            if now - oldest > self._config.suspect_after:
+            if now - oldest > self.config.suspect_after:
                 return None
             found = self._open = _Open(
                 rows=rows,
-                until=oldest + self._config.suspect_after,
-                fresh=oldest + self._config.report_interval,
+                until=oldest + self.config.suspect_after,
+                fresh=oldest + self.config.report_interval,
                 model=int(self.model[rows[0]])
                 if (self.model[rows] == self.model[rows[0]]).all()
                 else -1,
                 capacity=int(self.capacity[rows].min()),
             )
         return found
-
-    def candidates(
-        self, request: PlaceRequest, now: float, since: float | None = None
-    ) -> Candidates | None:
-        """The instances that may take a request, or None if none may now.
-
-        An instance to avoid is taken only if it has been heard of after ``since``: then it
-        lives. A suspect instance is better than none, and so is one of another model, one
-        too small, and one that is there for decoding.
-        """
-        self.refresh(now)
-        ready = None if request.avoid else self.all_ready(now)
-        # One model is all there is, or the request does not say; and all are large enough.
-        if ready is not None and ready.model >= 0 and ready.capacity > request.num_tokens:
-            return Candidates(self, ready.rows, now)
-        silent = now - self.heard
-        usable = self._usable(silent)
-        avoided = [self.rows[name] for name in request.avoid if name in self.rows]
-        for row in avoided:
-            if since is None or self.heard[row] <= since:
-                usable[row] = False
-        preferences = [
-            silent <= self._config.suspect_after,
-            self.prompts,
-            self.model == self._models.get(request.model, -1),
-            self.capacity > request.num_tokens,
-        ]
-        if avoided:
-            other = np.ones(len(usable), np.bool_)
-            other[avoided] = False
-            preferences.append(other)
-        if not usable.any():
-            return None
-        for preferred in preferences:
-            kept = usable & preferred
-            if kept.any():
-                usable = kept
-        return Candidates(self, np.flatnonzero(usable), now)
-
-
-class Candidates(Sequence[LoadView]):
-    """Instances that a policy may choose from, as views and as columns in the same order.
-
-    Attributes:
-        rows: [n] their rows in the table.
-        cached: [n] leading blocks of the prompt that each holds already.
-    """
-
-    def __init__(
-        self, table: LoadTable, rows: NDArray[np.intp], now: float, cached: Ints | None = None
-    ) -> None:
-        self.rows = rows
-        self.cached = np.zeros(len(rows), np.int64) if cached is None else cached
-        self._table = table
-        self._now = now
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @overload
-    def __getitem__(self, index: int) -> LoadView: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[LoadView]: ...
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self._view(row) for row in self.rows[index]]
-        return self._view(self.rows[index])
-
-    def __iter__(self) -> Iterator[LoadView]:
-        return (self._view(row) for row in self.rows)
-
-    def _view(self, row: int) -> LoadView:
-        return self._table.load(row).view(self._now, self._table._config)
-
-    def offers(self, name: str) -> bool:
-        """Whether an instance is among them."""
-        row = self._table.rows.get(name)
-        return row is not None and bool((self.rows == row).any())
-
-    def missing_on(self, name: str, num_tokens: int) -> int:
-        """Tokens of a prompt of ``num_tokens`` that must be computed on one of them."""
-        row = self._table.rows[name]
-        cached = int(self.cached[int(np.flatnonzero(self.rows == row)[0])])
-        return max(1, num_tokens - cached * self._table.load(row).info.model.block_size)
-
-    def where(self, keep: Bools) -> Candidates:
-        """Those for which ``keep`` [n] is true."""
-        return Candidates(self._table, self.rows[keep], self._now, self.cached[keep])
-
-    @property
-    def freeness(self) -> Floats:
-        """[n] placement freeness, times speed, less what a late report no longer proves.
-
-        On an instance twice as fast room for a block is worth two, since it is used and
-        given back in half the time; a shortage weighs half as much.
-        """
-        table = self._table
-        free = table.freeness[self.rows]
-        if not table.uniform:
-            speed = table.speed()[self.rows]
-            free = np.where(free > 0, free * speed, free / speed)
-        config = table._config
-        ready = table.all_ready(self._now)
-        if ready is not None and self._now <= ready.fresh:
-            return free
-        late = self._now - table.heard[self.rows] - config.report_interval
-        if late.max() > 0:
-            span = max(config.suspect_after - config.report_interval, 1e-9)
-            weight = 1 - (1 - _STALE_WEIGHT) * np.clip(late / span, 0, 1)
-            free = np.where(free > 0, free * weight, free)
-        return free
-
-    @property
-    def memory_seconds(self) -> Floats:
-        """[n] seconds that a request is expected to lose by want of memory.
-
-        The duration of a step is taken to be the cluster's: a short one would make an
-        instance look the fuller, whose KV is given back the sooner.
-        """
-        table = self._table
-        half = len(self.rows) // 2
-        seconds = float(np.partition(table.block_seconds[self.rows], half)[half])
-        return memory_seconds(self.freeness, seconds, table.total[self.rows])
-
-    @property
-    def prompt_seconds(self) -> Floats:
-        """[n] seconds until the prompts that are there, or on their way, are computed."""
-        return self._table.prompts_ahead[self.rows] * self._token_seconds
-
-    @property
-    def block_prompt_seconds(self) -> Floats:
-        """[n] seconds that a block of prompt takes to compute."""
-        return self._table.block_size[self.rows] * self._token_seconds
-
-    @property
-    def _token_seconds(self) -> Floats:
-        """[n] seconds that a position of a prompt takes: the cluster's figure, by speed."""
-        return self._table.prompt_pace() / self._table.speed()[self.rows]
-
-    @property
-    def occupancy(self) -> Floats:
-        """[n] share of KV blocks used, promised or waited for."""
-        return self._table.occupancy[self.rows]
-
-    @property
-    def slack(self) -> Ints:
-        """[n] tokens that a request may have to run at once; negative where none would."""
-        return self._table.slack[self.rows]
-
-    @property
-    def headroom(self) -> Ints:
-        """[n] tokens of KV that are kept free for the interactive class, not in ``slack``."""
-        return self._table.headroom[self.rows]
-
-    @property
-    def shared_room(self) -> Ints:
-        """[n] tokens that interactive requests may yet share; see ``LoadView.shared_room``."""
-        return self._table.shared_room[self.rows]
-
-    @property
-    def backlog(self) -> Ints:
-        """[n] requests that wait there, or will when they arrive."""
-        return self._table.backlog[self.rows]
-
-    @property
-    def last_placed(self) -> Ints:
-        """[n] number of the last placement made on each."""
-        return self._table.turn[self.rows]
-
-    def best(self, score: Floats) -> LoadView:
-        """The one of highest ``score`` [n]; ties by fewest requests, then by turn."""
-        top = int(score.argmax())
-        tied_with = score == score[top]
-        if np.count_nonzero(tied_with) == 1:
-            return self[top]
-        at = np.flatnonzero(tied_with)
-        for column in (self._table.requests, self._table.turn):
-            if len(at) == 1:
-                break
-            tied = column[self.rows[at]]
-            at = at[tied == tied.min()]
-        return self[int(at[0])]

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from cluster.dispatcher.candidates import Candidates
 from cluster.dispatcher.core import Dispatcher
 from cluster.dispatcher.events import Action, Event, StartMigration
 from cluster.dispatcher.messages import PlaceRequest
 from cluster.dispatcher.placement import POLICIES, NamedPolicy, Uniform
-from cluster.dispatcher.table import Candidates
 from cluster.dispatcher.views import LoadView
 from cluster.simulation.records import InstanceRecord, RequestRecord
 from cluster.simulation.simulation import Outcome

@@ -104,6 +104,8 @@ class SimulatedEngine(Engine):
         # scheduler has been told of.
         self._ends: list[float] = []
         self._told = 0
+        # What a step of the stretch charges, by account.
+        self._charges: list[tuple[Account, float]] = []
 
     def _soon(self, call: Callable[[], None]) -> None:
         self._virtual.call_later(0.0, call)
@@ -152,7 +154,9 @@ class SimulatedEngine(Engine):
                 steps = left
             if steps < 1 or sequence.silent:
                 return
-        steps = min(steps, self._steps_within_leases(running))
+        rows = Counter([row.sequence.account for row in running.rows])
+        self._charges = [(account, service(0, count)) for account, count in rows.items()]
+        steps = min(steps, self._steps_within_leases())
         if steps > 0:
             steps = self.scheduler.steady_steps(running, planned, steps)
         if steps < 1:
@@ -169,17 +173,16 @@ class SimulatedEngine(Engine):
         self._told = 0
         self._set_timer(at)
 
-    def _steps_within_leases(self, running: StepPlan) -> int:
+    def _steps_within_leases(self) -> int:
         """Steps that can end before the one that uses up a lease, which is reported at once."""
-        rows = Counter([row.sequence.account for row in running.rows])
-        left = min(self._counters.left(one) / service(0, count) for one, count in rows.items())
+        left = min(self._counters.left(account) / each for account, each in self._charges)
         return LONGEST_STRETCH if left > LONGEST_STRETCH else int(left) - 1
 
     def leases_changed(self) -> None:
         """What may be charged unreported is another sum than when the stretch began."""
-        if self._ends and self._running is not None:
+        if self._ends:
             ahead = len(self._ends) - 1 - self._told
-            if ahead > self._steps_within_leases(self._running):
+            if ahead > self._steps_within_leases():
                 self.interrupt()
 
     def _set_timer(self, at: float) -> None:
