@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from instance.model.runner import TorchExecutor
 from instance.request import Request, Row, SamplingParams, Sequence, StepPlan
 from tests.integration.models import make_tiny_model
 from tests.integration.running import Running
+from tests.integration.stepping import run_batch
 
 pytest.importorskip("triton")
 
@@ -201,9 +203,15 @@ class Summing:
         return (mixed * options.scaling).transpose(1, 2)
 
 
+def graphs() -> int:
+    """Pieces of code that were compiled in this process."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
 def test_compiled_layers_compute_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The compiler's own back end needs a toolchain; what is traced is the same.
     monkeypatch.setattr(compiled, "BACKEND", "eager")
+    torch._dynamo.reset()
     model = plain_model(folder)
 
     def logits(count: int) -> Tensor:
@@ -213,9 +221,28 @@ def test_compiled_layers_compute_the_same(folder: Path, monkeypatch: pytest.Monk
 
     expected = [logits(count) for count in (5, 9)]
     compiled.compile_layers(model)
-    traced = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    traced = graphs()
     found = [logits(count) for count in (5, 9)]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
     # One graph for all layers and lengths.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - traced == 1
+    assert graphs() - traced == 1
+
+
+def test_steps_of_a_compiled_model_share_their_code(
+    folder: Path, executor: CudaExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    torch._dynamo.reset()
+    traced = graphs()
+    config = dataclasses.replace(settings(folder), compile=True)
+    shared = CudaExecutor(plain_model(folder), folder, config)
+    try:
+        for count in (3, 2):
+            batch = decodes(executor, count)
+            expected = run_batch(executor, batch).tokens
+            assert run_batch(shared, batch).tokens.tolist() == expected.tolist()
+    finally:
+        shared.close()
+    # Compiled on the executor's thread: once, not for each layer or size.
+    assert graphs() - traced == 1

@@ -74,8 +74,17 @@ def _attention(
 AttentionInterface.register(COMPILED_NAME, _attention)
 
 
+def share_code() -> None:
+    """Let what this thread compiles serve every layer; the setting is a thread's own.
+
+    Else the number of a layer is a constant in the code, and each layer is compiled for itself.
+    """
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True
+
+
 def compile_layers(model: PreTrainedModel) -> None:
-    """Let every decoder layer run compiled from its next call on, in place.
+    """Let every decoder layer run compiled from its next call on, in place; other threads than
+    this one first call ``share_code``.
 
     The layers share their code, so that it is compiled once and not for each of them; sizes
     are dynamic, so that prefill of any length and every bucket of decodes share it too.
@@ -87,7 +96,6 @@ def compile_layers(model: PreTrainedModel) -> None:
     if not isinstance(layers, nn.ModuleList):
         raise ValueError(f"{model.config.model_type} has no list of layers to compile")
     model.config._attn_implementation = COMPILED_NAME
-    # Else the number of a layer is a constant, and each is compiled for itself.
-    torch._dynamo.config.allow_unspec_int_on_nn_module = True
+    share_code()
     for layer in layers:
         layer.compile(fullgraph=True, dynamic=True, backend=BACKEND)

@@ -19,7 +19,7 @@ from instance.executor import StepBatch, StepResult
 from instance.kv.copier import CudaCopier, TensorCopier
 from instance.model.context import forward_context
 from instance.model.cuda.attention import TritonAttention
-from instance.model.cuda.compiled import compile_layers
+from instance.model.cuda.compiled import compile_layers, share_code
 from instance.model.cuda.graphs import DecodeSteps
 from instance.model.cuda.inputs import MixedLayout, StepTensors
 from instance.model.cuda.memory import largest_batch, measured_blocks
@@ -65,6 +65,7 @@ class CudaExecutor(ModelWorker):
         self._cuda = self._device.type == "cuda"
         self._stream = torch.cuda.Stream(self._device) if self._cuda else None
         self._heads = text_config(model.config).num_attention_heads
+        self._compiled = config.compile
         if config.compile:
             compile_layers(model)
         limits = config.scheduler
@@ -173,6 +174,8 @@ class CudaExecutor(ModelWorker):
     def _begin(self) -> None:
         if self._cuda:
             torch.cuda.set_device(self._device)
+        if self._compiled:
+            share_code()
 
     def _take(self, batch: StepBatch, done: Done) -> None:
         slot = self._slots.get()
