@@ -93,10 +93,20 @@ def _draw(row: Row, params: SamplingParams, key: np.uint64) -> int:
         return _race(ids, row[ids].astype(np.float64), params.temperature, key)
     ids, total = _candidates(row, highest, params)
     values = row[ids].astype(np.float64)
-    # Ids rise, so that a stable order puts the lower id first among equals.
-    order = np.argsort(-values, kind="stable")
-    kept = order[: _survivors(values[order], params, total)]
+    # Sorting values alone is several times faster than sorting ids by them.
+    descending = -np.sort(-values)
+    kept = _highest(values, descending, _survivors(descending, params, total))
     return _race(ids[kept], values[kept], params.temperature, key)
+
+
+def _highest(values: Floats, descending: Floats, count: int) -> Ints:
+    """Indices of the ``count`` highest values, rising; among equals the first ones count."""
+    least = descending[count - 1]
+    kept: Ints = np.flatnonzero(values >= least)
+    if len(kept) > count:
+        last = np.flatnonzero(values[kept] == least)
+        kept = np.delete(kept, last[count - len(kept) :])
+    return kept
 
 
 def _race(ids: Ints, values: Floats, temperature: float, key: np.uint64) -> int:

@@ -106,6 +106,24 @@ def test_layers_as_one(arch: str, dtype: str, tmp_path: Path) -> None:
     assert nearly_equal(before, fusion._logits(model), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_by_onednn(arch: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are no kernels for products."""
+    monkeypatch.setattr(panels, "available", lambda dtype: False)
+    if not can_pack(getattr(torch, dtype), CPU):
+        pytest.skip("oneDNN packs no weights here")
+    folder = make_tiny_model(tmp_path, arch, dtype=dtype, max_len=128)
+    model = plain(folder, dtype)
+    before = fusion._logits(model)
+    assert optimise(model)
+    found = kinds(model)
+    assert found[PackedMlp] == 3
+    assert found[PanelMlp] == 0
+    assert all(one.panels is None for one in model.modules() if isinstance(one, PackedLinear))
+    assert nearly_equal(before, fusion._logits(model), TOLERANCE[dtype])
+
+
 def test_a_layer_that_adds_something_else_keeps_them_all(tmp_path: Path) -> None:
     if not panels.available(torch.float32):
         pytest.skip("no products of compiled kernels here")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from instance.executor import StepBatch
 from instance.model.noise import exponentials, mix64, position_key
-from instance.model.sampler import BLOCK, sample
+from instance.model.sampler import BLOCK, _highest, sample
 from instance.request import SamplingParams
 
 VOCAB = 700
@@ -137,6 +137,15 @@ def test_nucleus(size: int, top_p: float, flat: bool) -> None:
     kept = kept_naively(logits.tolist(), params)
     found = draw(logits, params, 20)
     assert found.tolist() == [race_naively(kept, 1, position) for position in range(20)]
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), st.data())
+def test_among_equals_the_first_are_kept(numbers: list[int], data: st.DataObject) -> None:
+    values = np.array(numbers, dtype=np.float64)
+    count = data.draw(st.integers(1, len(numbers)))
+    order = np.argsort(-values, kind="stable")
+    found = _highest(values, values[order], count)
+    assert found.tolist() == sorted(order[:count])
 
 
 def test_limits_at_their_borders() -> None:
