@@ -11,6 +11,10 @@ start, padded sides take them in batches of 32 in the order of arrival, and the 
 the last one ends counts. Only the tokens that were asked for count.
 
     python -m bench.engine_throughput [--quick] [--json PATH] [--rounds N] [--threads N]
+        [--sides A,B] [--samples FILE]
+
+A run can be taken in parts: those that name a file of samples add to it, and the last, with
+no rounds of its own perhaps, counts them all.
 """
 
 from __future__ import annotations
@@ -119,26 +123,31 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     sampled = dataclasses.replace(workloads[0], name="sampled", temperature=0.8, top_p=0.95)
     if os.environ.get("DROVER_VLLM_PYTHON"):
         sides.append("vllm")
-    samples: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    versions: dict[str, str] = {}
+    if options.sides:
+        sides = [side for side in sides if side in options.sides.split(",")]
+    kept = _kept(options.samples)
     for number in range(1 if options.quick else options.rounds):
         # Every side comes first at times.
-        for side in sides[number % len(sides) :] + sides[: number % len(sides)]:
+        first = number % max(1, len(sides))
+        for side in sides[first:] + sides[:first]:
             extra = [sampled] if side == "drover" else []
             results, version = run_side(side, folder, options.threads, workloads + extra)
-            versions[side] = version
             for result in results:
-                samples.setdefault((side, result["workload"]), []).append(result)
+                kept.append({"side": side, "version": version, **result})
+                _keep(options.samples, kept[-1])
                 print(
                     f"round {number} {side:22} {result['workload']:8} {result['seconds']:7.2f} s",
                     file=sys.stderr,
                     flush=True,
                 )
+    samples: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for one in kept:
+        samples.setdefault((one["side"], one["workload"]), []).append(one)
     tokens = {workload.name: workload.tokens for workload in [*workloads, sampled]}
     rows = [
         {
             "side": side,
-            "version": versions[side],
+            "version": found[-1]["version"],
             "workload": workload,
             "tokens": tokens[workload],
             "seconds": [one["seconds"] for one in found],
@@ -152,8 +161,20 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {"model": options.model, "dtype": "bfloat16", "threads": options.threads, "rows": rows}
 
 
+def _kept(path: Path | None) -> list[dict[str, Any]]:
+    if path is None or not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _keep(path: Path | None, sample: dict[str, Any]) -> None:
+    if path is not None:
+        with path.open("a") as file:
+            file.write(json.dumps(sample) + "\n")
+
+
 def targets(rows: list[dict[str, Any]]) -> list[Target]:
-    """The verdict on a run's rows."""
+    """The verdict on a run's rows, where all sides of this machine are among them."""
     rate = {(row["side"], row["workload"]): row["tokens_per_second"] for row in rows}
     outside = {row["workload"]: row["outside_model"] for row in rows if row["side"] == "drover"}
     dynamic, static = (rate["padded_dynamic", "equal"], rate["padded_static", "equal"])
@@ -180,6 +201,12 @@ def main() -> int:
     arguments = parser(__doc__ or "")
     arguments.add_argument("--model", default="smollm2")
     arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--sides", help="only these, with commas between; there is no verdict")
+    arguments.add_argument(
+        "--samples",
+        type=Path,
+        help="keep what is measured in this file, and count what it holds already",
+    )
     arguments.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = arguments.parse_args()
     result = run(options)
@@ -191,7 +218,8 @@ def main() -> int:
             for row in sorted(result["rows"], key=lambda row: row["workload"])
         ],
     )  # fmt: skip
-    return finish(result, targets(result["rows"]), options.json)
+    verdict = [] if options.sides else targets(result["rows"])
+    return finish(result, verdict, options.json)
 
 
 if __name__ == "__main__":
