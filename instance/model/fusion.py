@@ -4,8 +4,9 @@ A decode step of a small model is bound by reading its weights and by the number
 operations. Some parts of a loaded model are therefore exchanged: query, key and value
 projections become one product, normalisation one operation, the rotary embedding three
 instead of seven per tensor, and linear layers and gated MLPs multiply packed weights (see
-``packing``). The model's code stays transformers'; every part is exchanged only where it
-computes the same as before, and all are put back if the model as a whole does not.
+``packing``). Decoder layers of the common kind are then run as one (see ``decoder``). The
+rest of the model's code stays transformers'; every part is exchanged only where it computes
+the same as before, and all are put back if the model as a whole does not.
 docs/engine-cpu.md has what each is worth.
 """
 

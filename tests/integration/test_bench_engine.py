@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from bench import engine_throughput
 from bench.engine_sides import CONTINUOUS, Workload, make_side, warm_up
 from bench.engine_throughput import targets
 from tests.integration.models import make_tiny_model
@@ -69,3 +72,39 @@ def test_verdict() -> None:
         (0.75, False),
         (1.0, True),
     ]
+
+
+def test_a_run_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last part counts what all have measured."""
+    ran: list[str] = []
+
+    def run_side(
+        name: str, folder: Path, threads: int, workloads: list[Workload]
+    ) -> tuple[list[dict[str, Any]], str]:
+        ran.append(name)
+        seconds = float(len(ran))
+        return [{"workload": one.name, "seconds": seconds} for one in workloads], "1.0"
+
+    monkeypatch.setattr(engine_throughput, "run_side", run_side)
+    monkeypatch.setattr(engine_throughput, "resolve_model", lambda name: tmp_path)
+    monkeypatch.setattr(engine_throughput, "mixed_lengths", lambda requests: WORKLOAD)
+    monkeypatch.delenv("DROVER_VLLM_PYTHON", raising=False)
+
+    def part(sides: str | None, rounds: int) -> dict[tuple[str, str], list[float]]:
+        options = argparse.Namespace(
+            model="m", threads=1, quick=False, rounds=rounds, sides=sides,
+            samples=tmp_path / "samples",
+        )  # fmt: skip
+        rows = engine_throughput.run(options)["rows"]
+        return {(row["side"], row["workload"]): row["seconds"] for row in rows}
+
+    first = part("drover,padded_static", 2)
+    assert ran == ["drover", "padded_static", "padded_static", "drover"]
+    assert first["drover", "equal"] == first["drover", "sampled"] == [1.0, 4.0]
+    second = part("padded_dynamic", 1)
+    assert second == {
+        **first,
+        ("padded_dynamic", "equal"): [5.0],
+        ("padded_dynamic", "mixed"): [5.0],
+    }
+    assert part(None, 0) == second
