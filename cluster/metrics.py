@@ -198,6 +198,8 @@ SERIES = (
     Series("drover_scaling_total", "counter", "dispatcher", ("event",),
            "Steps of scaling: an instance wanted, started or failed to start; leaving, kept "
            "after all, or stopped."),
+    Series("drover_role_changes_total", "counter", "dispatcher", ("change",),
+           "Roles of instances that the load changed: to_prefill or to_decode."),
     Series("drover_policy_fallbacks_total", "counter", "dispatcher", ("reason",),
            "Placements that a policy of the user's did not make: raised, late, rests (it was "
            "late a moment ago) or nonsense."),

@@ -21,6 +21,7 @@ COUNTERS = {
     "migrations_ended": "drover_migrations_total",
     "migrated_bytes": "drover_migrated_bytes_total",
     "scaling": "drover_scaling_total",
+    "roles": "drover_role_changes_total",
     "policy_fallbacks": "drover_policy_fallbacks_total",
 }
 """Series by kind of counter."""
