@@ -15,8 +15,8 @@ def run(side: str) -> bench.Run:
 
 
 def test_sides_differ_by_the_class_alone() -> None:
-    blind, order, headroom = (run(side).workload() for side in bench.SIDES)
-    assert order == headroom
+    blind, order, headroom, less = (run(side).workload() for side in bench.SIDES)
+    assert order == headroom == less
     assert {one.request_class for one in blind} == {RequestClass.STANDARD}
     assert any(one.request_class is RequestClass.INTERACTIVE for one in order)
     plain = [dataclasses.replace(one, request_class=RequestClass.STANDARD) for one in order]
