@@ -17,9 +17,12 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# A step's arrays lie where they fit: a kernel compiled for each way in which they are aligned
+# would be compiled again and again while requests wait.
+ANYWHERE = ("slots", "tables", "context_lens", "query_starts", "items")
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ANYWHERE)
 def store_kernel(
     key,
     value,
@@ -66,7 +69,7 @@ def _capped(score, cap):
     return cap * (1 - 2 / (tl.exp2(score * (2 * LOG2E / cap)) + 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("table_stride",), do_not_specialize_on_alignment=ANYWHERE)
 def attend_kernel(
     query,
     key_cache,
@@ -216,7 +219,7 @@ def attend_kernel(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ANYWHERE)
 def combine_kernel(
     out,
     partial,

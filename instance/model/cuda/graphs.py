@@ -61,6 +61,11 @@ class DecodeSteps:
         self._buckets = {size: _Bucket(size, self._tables, starts) for size in self._sizes}
         self._pinned = device.type == "cuda"
 
+    def warm_up(self) -> None:
+        """Run a step of padding in every bucket, so that its kernels are compiled."""
+        for size in reversed(self._sizes):
+            self._forward(self._buckets[size].tensors)
+
     def capture(self, stream: torch.cuda.Stream) -> bool:
         """Capture a graph of every bucket, the largest first; they share their memory.
 

@@ -80,6 +80,8 @@ class CudaExecutor(ModelWorker):
         self._attention = self._attend(self._new_kv(2))
         graphs = () if config.enforce_eager else buckets
         self.num_blocks: int = config.num_blocks or self._affordable(config, graphs)
+        if self.num_blocks < 2:
+            raise ValueError("the KV pool is too small: it needs the null block and one more")
         kv = self._new_kv(self.num_blocks)
         self._attention = self._attend(kv)
         self.kv: DeviceKvPool | None = DeviceKvPool(kv)
@@ -91,9 +93,11 @@ class CudaExecutor(ModelWorker):
         self._flights: queue.SimpleQueue[_Flight | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, name="executor-reader", daemon=True)
         if self._stream is not None:
-            torch.cuda.synchronize(self._device)
-            if not config.enforce_eager:
-                with self._working():
+            self._run_largest(config)
+            with self._working():
+                if config.enforce_eager:
+                    self._decode.warm_up()
+                else:
                     self._decode.capture(self._stream)
         self._start()
         self._reader.start()
@@ -127,20 +131,25 @@ class CudaExecutor(ModelWorker):
         block_bytes = self._new_kv(1).nbytes
         if not self._cuda:
             return config.kv_cache_memory_bytes // block_bytes
+        return measured_blocks(
+            self._device,
+            config.gpu_memory_utilization,
+            block_bytes,
+            graph_bytes(graphs, self.description.vocab_size),
+            lambda: self._run_largest(config),
+        )
+
+    def _run_largest(self, config: EngineConfig) -> None:
+        """Run a step that takes as much memory as any; kernels are compiled as it runs."""
         limits = config.scheduler
         batch = largest_batch(limits.max_num_batched_tokens, limits.max_num_seqs, config.block_size)
         slot = self._slots.get()
-
-        def largest_step() -> None:
-            with self._working():
-                self._forward(self._lay_out(batch, slot))
-
-        reserve = graph_bytes(graphs, self.description.vocab_size)
-        found = measured_blocks(
-            self._device, config.gpu_memory_utilization, block_bytes, reserve, largest_step
-        )
+        # What it uses was made on another stream.
+        torch.cuda.synchronize(self._device)
+        with self._working():
+            self._forward(self._lay_out(batch, slot))
+        torch.cuda.synchronize(self._device)
         self._slots.put(slot)
-        return found
 
     # ---- steps
 

@@ -104,7 +104,8 @@ def _kept(key, ids, size, last, quota, seen):
     return kept, seen + tl.sum(equal, 0)
 
 
-@triton.jit
+# See ``attention_kernels.ANYWHERE``.
+@triton.jit(do_not_specialize_on_alignment=("temperatures", "top_ks", "top_ps", "min_ps", "draws"))
 def sample_kernel(
     logits,
     tokens,
