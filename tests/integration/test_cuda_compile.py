@@ -22,26 +22,33 @@ from instance.model.cuda.sampling_kernels import sample_kernel
 from instance.model.cuda.sizing import attention_tiles
 
 SHARED = 227 << 10
-TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+LOOSE = ("table_stride", "scale", "cap", "temperatures", "top_ks", "top_ps", "min_ps", "draws")
 
 
 def build(kernel, types, constants, **options):
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
     signature.update(dict.fromkeys(constants, "constexpr"))
-    source = ASTSource(kernel, signature=signature, constexprs=constants)
+    # As where it is called: tensors and strides are multiples of 16, but for a step's arrays.
+    loose = {*kernels.ANYWHERE, *LOOSE, *constants}
+    attributes = {
+        (at,): [["tt.divisibility", 16]]
+        for at, name in enumerate(kernel.arg_names)
+        if name not in loose
+    }
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert made.metadata.shared <= SHARED, made.metadata.shared
     assert made.asm["cubin"]
+    return made.asm["ptx"]
 
 
 shape = {"HEADS": 32, "DIM": 128, "BLOCK_D": 128}
 ints = dict.fromkeys(("slots", "tables", "context_lens", "query_starts", "items"), "*i64")
 sums = dict.fromkeys(("partial", "maxima", "sums"), "*fp32")
-for name, decode in (("bf16", True), ("bf16", False)):
-    pointer = TYPES[name]
-    tiles = attention_tiles(4, 128, 4 if name == "fp32" else 2, SHARED, decode)
-    tensors = dict.fromkeys(("query", "key_cache", "value_cache", "out", "sinks"), pointer)
-    build(
+for decode in (True, False):
+    tiles = attention_tiles(4, 128, 2, SHARED, decode)
+    tensors = dict.fromkeys(("query", "key_cache", "value_cache", "out", "sinks"), "*bf16")
+    code = build(
         kernels.attend_kernel,
         {**ints, **sums, **tensors, "scale": "fp32", "cap": "fp32"},
         {
@@ -56,10 +63,14 @@ for name, decode in (("bf16", True), ("bf16", False)):
             "SINKS": True,
             "PRECISION": "tf32",
             "WIDEN": False,
+            "query_dim": 1,
+            "dim_stride": 1,
         },
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
+    # K and V come in 16 bytes at a time, while the tile before is worked on.
+    assert "cp.async.cg.shared.global" in code
 build(
     kernels.combine_kernel,
     {**sums, "out": "*bf16", "sinks": "*bf16", "query_starts": "*i64"},
