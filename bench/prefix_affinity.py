@@ -51,7 +51,7 @@ SETTINGS: dict[str, Any] = {
 """``prefixes``, ``prefix_tokens``, ``zipf``: of the workload with few prefixes; ``trace_scale``:
 of the trace's lengths; ``trace_max``: tokens of a request of it at most."""
 SHARED, TURNS = "few prefixes", "conversations"
-RATES = {SHARED: 32.0, TURNS: 12.0}
+RATES = {SHARED: 12.0, TURNS: 6.0}
 """Requests per second."""
 TRACE = "mooncake_conversation_0-2400s.jsonl.gz"
 OURS = "prefix"
@@ -206,7 +206,7 @@ def runs_of(quick: bool, requests: int, seeds: int) -> list[Run]:
 
 def main(arguments: list[str] | None = None) -> int:
     made = campaign.options(__doc__ or "", "prefix_affinity")
-    made.add_argument("--requests", type=int, default=1200)
+    made.add_argument("--requests", type=int, default=800)
     made.add_argument("--seeds", type=int, default=1)
     given = made.parse_args(arguments)
     runs = runs_of(given.quick, given.requests, given.seeds)

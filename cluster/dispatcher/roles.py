@@ -24,6 +24,8 @@ _PROMPT_TOKEN_SECONDS = 0.0002
 """What a prompt token costs where nothing was measured."""
 _FULL = 0.9
 """Share of their memory that instances which decode should use at most."""
+_LATE = 0.1
+"""Share of requests that may wait longer than predicted."""
 _BUSIEST = 0.98
 """Share of its time beyond which an instance's queue is taken to grow for good."""
 
@@ -77,14 +79,17 @@ class Demand:
 
 
 def first_token_seconds(demand: Demand, count: int, window: float) -> float:
-    """Expected time to the first token, with ``count`` instances for prompts.
+    """Time to the first token of all but few prompts, with ``count`` instances for them.
 
-    What is asked for beyond their time piles up over another window.
+    Of a request that waits at all the wait is taken to be exponential. What is asked for
+    beyond the instances' time piles up over another window.
     """
     busy = demand.rate * demand.mean / count
     beyond = max(0.0, busy - _BUSIEST)
-    spare = 1.0 - min(busy, _BUSIEST)
-    queue = demand.rate / count * demand.square / (2.0 * spare)
+    queue = 0.0
+    if busy > _LATE:
+        spare = 1.0 - min(busy, _BUSIEST)
+        queue = demand.square / (2.0 * demand.mean * spare) * math.log(busy / _LATE)
     return demand.mean + max(queue, demand.backlog / count) + beyond * window
 
 
