@@ -23,6 +23,8 @@ GREEDY_BELOW = 1e-5
 """Temperatures below this count as greedy."""
 BLOCK = 64
 """Tokens of which only the likeliest counts when a bound for top-k is sought."""
+STRIDE = 16
+"""One token of so many is looked at to guess which are light."""
 
 Floats = NDArray[np.float64]
 Row = NDArray[np.floating]
@@ -146,6 +148,9 @@ def _candidates(
         return np.flatnonzero(weights >= params.min_p * 0.99), None
     total = float(weights.sum(dtype=np.float64))
     left_out = (0.99 * (1 - params.top_p) - 1e-6) * total
+    ids = np.flatnonzero(weights >= _light(weights, 0.8 * left_out))
+    if total - float(weights[ids].sum(dtype=np.float64)) <= left_out:
+        return ids, total
     # Tokens that together weigh less than what the nucleus leaves out are not in it.
     ids = np.flatnonzero(weights >= left_out / len(row))
     for _ in range(3):
@@ -153,6 +158,18 @@ def _candidates(
         lighter = total - float(heavy.sum(dtype=np.float64))
         ids = ids[heavy >= (left_out - lighter) / len(ids)]
     return ids, total
+
+
+def _light(weights: Row, mass: float) -> np.floating:
+    """A guess at the weight below which all tokens together weigh about ``mass``.
+
+    Light tokens are many, so that few of them tell what all weigh.
+    """
+    rising = np.sort(weights[::STRIDE])
+    sums = np.cumsum(rising, dtype=np.float64)
+    found = int(np.searchsorted(sums, mass / STRIDE))
+    bound: np.floating = rising[min(found, len(rising) - 1)]
+    return bound
 
 
 def _at_most_kth(row: Row, k: int) -> np.floating:
