@@ -17,7 +17,7 @@ from instance import wire
 from instance.budget import attended
 from instance.config import MigrationConfig, SchedulerConfig
 from instance.executor import Copier, CopyRun, Executor, KvPool, StepBatch, StepResult
-from instance.migration.transports.grpc import send_blocks, write_chunk
+from instance.migration.transports.grpc import CopyStats, send_blocks, write_chunk
 from instance.request import Request, Row, SamplingParams, StepPlan
 from instance.request import Sequence as LiveSequence
 from protos import migration_pb2 as pb
@@ -298,6 +298,7 @@ async def _measure_link(
                         chunk_bytes=MigrationConfig().chunk_bytes,
                         share=None,
                         timeout=_STEP_TIMEOUT,
+                        stats=CopyStats(),
                     )
                     seconds[runs, count].append(time.perf_counter() - began)
             for number, ((runs, count), taken) in enumerate(seconds.items(), 1):

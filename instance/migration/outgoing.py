@@ -16,7 +16,7 @@ from instance.migration import messages as m
 from instance.migration.codec import claim_to_wire
 from instance.migration.host import MigrationHost
 from instance.migration.source import CANCELLED, MOVED, SourceMigration
-from instance.migration.transports.grpc import BandwidthShare, send_blocks
+from instance.migration.transports.grpc import BandwidthShare, CopyStats, send_blocks
 from instance.request import Sequence, SequenceStatus
 from protos import migration_pb2 as pb
 
@@ -57,8 +57,8 @@ class OutgoingMigration:
         self._started = host.clock.now()
         self._timer: asyncio.TimerHandle | None = None
         self._copies: set[asyncio.Task[None]] = set()
-        self._bytes = 0
-        self._runs = 0
+        # Counted as it leaves: the destination's word may overtake the end of the last call.
+        self._sent = CopyStats()
 
     def start(self) -> None:
         """Offer the sequence to the destination."""
@@ -189,7 +189,7 @@ class OutgoingMigration:
         engine = self._host.engine
         ok = False
         try:
-            stats = await send_blocks(
+            await send_blocks(
                 self.peer.stub,
                 self.peer.metadata,
                 place.kv,
@@ -201,9 +201,8 @@ class OutgoingMigration:
                 # The tail is waited for, so it takes no turn behind other copies.
                 share=None if self.sequence.status is SequenceStatus.HANDOVER else self._share,
                 timeout=max(self._config.reply_timeout, 60.0),
+                stats=self._sent,
             )
-            self._bytes += stats.bytes
-            self._runs += stats.copies
             ok = True
         except (grpc.aio.AioRpcError, ConnectionError) as error:
             logger.info("stage %d of %s: %s", stage, self.machine.attempt, error)
@@ -269,8 +268,8 @@ class OutgoingMigration:
                     outcome=outcome,
                     stages=machine.stages,
                     blocks=machine.blocks_sent,
-                    bytes_copied=self._bytes,
-                    copies=self._runs,
+                    bytes_copied=self._sent.bytes,
+                    copies=self._sent.copies,
                     duration=now - self._started,
                     detached=0.0 if detached is None else now - detached,
                 )

@@ -18,9 +18,8 @@ from protos import migration_pb2_grpc
 
 @dataclass(slots=True)
 class CopyStats:
-    """What a copy stage moved."""
+    """What was sent, counted as it leaves."""
 
-    blocks: int = 0
     bytes: int = 0
     copies: int = 0
 
@@ -55,15 +54,15 @@ async def send_blocks(
     chunk_bytes: int,
     share: BandwidthShare | None,
     timeout: float,
-) -> CopyStats:
+    stats: CopyStats,
+) -> None:
     """Send pool blocks ``blocks``, which are blocks ``first`` and following of the sequence.
 
-    ``share`` paces the chunks; None sends them as fast as they go.
+    ``share`` paces the chunks; None sends them as fast as they go. ``stats`` counts them.
 
     Returns when the destination has written all of them. Raises grpc.aio.AioRpcError
     (also for a timeout), or ConnectionError if the destination gave the attempt up.
     """
-    stats = CopyStats(blocks=len(blocks))
 
     async def chunks() -> AsyncIterator[pb.KvChunk]:
         index = first
@@ -89,7 +88,6 @@ async def send_blocks(
     reply = await stub.Copy(chunks(), metadata=metadata, timeout=timeout)
     if not reply.written:
         raise ConnectionError("the destination no longer takes this attempt")
-    return stats
 
 
 def write_chunk(kv: KvPool, chunk: pb.KvChunk, table: Sequence[int]) -> None:
