@@ -53,16 +53,22 @@ class Run(Protocol):
         """Do it; the result is ready for JSON."""
 
 
-def options(description: str, folder: str) -> argparse.ArgumentParser:
-    """A bench's parser with the options of a campaign.
+def run_options(description: str, folder: str) -> argparse.ArgumentParser:
+    """A bench's parser with a folder for the files of its runs.
 
     Args:
         description: The bench's own text.
-        folder: Where the files of its runs are unless told otherwise, below ``build``.
+        folder: Where the files are unless told otherwise, below ``build``.
     """
     made = parser(description)
     made.formatter_class = argparse.RawDescriptionHelpFormatter
     made.add_argument("--runs", type=Path, default=Path("build") / folder)
+    return made
+
+
+def options(description: str, folder: str) -> argparse.ArgumentParser:
+    """The same with the options of a campaign."""
+    made = run_options(description, folder)
     made.add_argument("--workers", type=int, choices=(1, 2), default=2)
     return made
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import gc
 import os
 import sys
@@ -113,7 +114,7 @@ def run(size: Any, only: tuple[str, ...] | list[str]) -> dict[str, Any]:
 
     model = random_model(size.shape, size.device, size.dtype)
     for mode in wanted:
-        part(mode, lambda mode=mode: speed(size, model, mode, bandwidth, peak))  # type: ignore[misc]
+        part(mode, functools.partial(speed, size, model, mode, bandwidth, peak))
         # Layers stay compiled, so that the loop is timed with the fastest steps.
     if "engine" in only:
         part("engine", lambda: engine_overhead(size, model))

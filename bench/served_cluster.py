@@ -23,7 +23,6 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from bench import campaign
-from bench.report import parser
 from cluster.admin_client import AdminClient
 from cluster.ray_setup import free_port
 from cluster.replay.client import CompletionClient
@@ -52,9 +51,7 @@ def options(description: str, folder: str) -> argparse.ArgumentParser:
         description: The bench's own text.
         folder: Where the files of its runs are unless told otherwise, below ``build``.
     """
-    made = parser(description)
-    made.formatter_class = argparse.RawDescriptionHelpFormatter
-    made.add_argument("--runs", type=Path, default=Path("build") / folder)
+    made = campaign.run_options(description, folder)
     made.add_argument(
         "--at-most", type=int, default=0, metavar="N", help="real runs of this call; 0: all"
     )

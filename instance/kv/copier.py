@@ -17,7 +17,43 @@ from instance.executor import CopyDone, CopyRun, KvPool
 logger = logging.getLogger(__name__)
 
 
-class TensorKvPool:
+class BlockBytes:
+    """Where blocks lie among the bytes of a pool.
+
+    Args:
+        num_blocks: Blocks of the pool.
+        block_bytes: Bytes of each.
+    """
+
+    def __init__(self, num_blocks: int, block_bytes: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_bytes = block_bytes
+
+    def of_blocks(self, block: int, count: int) -> slice:
+        """The bytes of blocks [block, block + count).
+
+        Raises:
+            IndexError: if the blocks are not all in the pool.
+        """
+        if block < 0 or count < 0 or block + count > self.num_blocks:
+            raise IndexError(f"blocks [{block}, {block + count}) of {self.num_blocks}")
+        first = block * self.block_bytes
+        return slice(first, first + count * self.block_bytes)
+
+    def within(self, block: int, offset: int, size: int) -> slice:
+        """``size`` bytes from ``offset`` bytes after the start of ``block``.
+
+        Raises:
+            IndexError: if they are not all in the pool.
+        """
+        first = block * self.block_bytes + offset
+        total = self.num_blocks * self.block_bytes
+        if block < 0 or offset < 0 or first + size > total:
+            raise IndexError(f"bytes [{first}, {first + size}) of {total}")
+        return slice(first, first + size)
+
+
+class TensorKvPool(BlockBytes):
     """The bytes of a block-major KV tensor in host memory, without copies.
 
     Args:
@@ -31,11 +67,10 @@ class TensorKvPool:
     def __init__(self, kv: Tensor, written: Callable[[int, int], None] | None = None) -> None:
         if kv.device.type != "cpu" or not kv.is_contiguous():
             raise ValueError("the KV tensor must be contiguous and on the CPU")
-        self.num_blocks = kv.shape[0]
         # A view as bytes: numpy has no bfloat16.
         data = kv.view(-1).view(torch.uint8).numpy().data
         self._bytes: memoryview = data
-        self.block_bytes = len(self._bytes) // self.num_blocks
+        super().__init__(kv.shape[0], len(self._bytes) // kv.shape[0])
         self._written = written
 
     def read(self, block: int, count: int) -> memoryview:
@@ -44,10 +79,7 @@ class TensorKvPool:
         Raises:
             IndexError: if the blocks are not all in the pool.
         """
-        if block < 0 or count < 0 or block + count > self.num_blocks:
-            raise IndexError(f"blocks [{block}, {block + count}) of {self.num_blocks}")
-        first = block * self.block_bytes
-        return self._bytes[first : first + count * self.block_bytes].toreadonly()
+        return self._bytes[self.of_blocks(block, count)].toreadonly()
 
     def write(self, block: int, offset: int, data: memoryview | bytes) -> None:
         """Write ``data`` at ``offset`` bytes from the start of ``block``; it may run on into
@@ -57,14 +89,11 @@ class TensorKvPool:
             IndexError: if the bytes are not all in the pool.
         """
         source = memoryview(data).cast("B")
-        first = block * self.block_bytes + offset
-        last = first + len(source)
-        if block < 0 or offset < 0 or last > len(self._bytes):
-            raise IndexError(f"bytes [{first}, {last}) of {len(self._bytes)}")
-        self._bytes[first:last] = source
+        span = self.within(block, offset, len(source))
+        self._bytes[span] = source
         if self._written is not None and len(source) > 0:
-            first_block = first // self.block_bytes
-            self._written(first_block, (last - 1) // self.block_bytes - first_block + 1)
+            first_block = span.start // self.block_bytes
+            self._written(first_block, (span.stop - 1) // self.block_bytes - first_block + 1)
 
 
 class TensorCopier:

@@ -104,7 +104,7 @@ def test_concurrent_streams_with_moves_both_ways(cluster: Cluster) -> None:
         )
     assert [text for text, _ in found] == unmoved
     outcomes = [report["outcome"] for _, reports in found for report in reports]
-    assert outcomes.count("moved") >= 4, outcomes
+    assert outcomes.count("moved") >= 8, outcomes
     cluster.wait_idle()
 
 

@@ -7,8 +7,10 @@ import threading
 import torch
 from torch import Tensor
 
+from instance.kv.copier import BlockBytes
 
-class DeviceKvPool:
+
+class DeviceKvPool(BlockBytes):
     """The bytes of a block-major KV tensor, copied to and from host memory on demand.
 
     Copies have a stream of their own and are waited for, so that what is read can be sent and
@@ -26,8 +28,7 @@ class DeviceKvPool:
         if not kv.is_contiguous():
             raise ValueError("the KV tensor must be contiguous")
         self._bytes = kv.view(-1).view(torch.uint8)
-        self.num_blocks = kv.shape[0]
-        self.block_bytes: int = self._bytes.numel() // self.num_blocks
+        super().__init__(kv.shape[0], self._bytes.numel() // kv.shape[0])
         self._cuda = kv.is_cuda
         self._stream = torch.cuda.Stream(kv.device) if self._cuda else None
         self._lock = threading.Lock()
@@ -38,10 +39,7 @@ class DeviceKvPool:
         Raises:
             IndexError: if the blocks are not all in the pool.
         """
-        if block < 0 or count < 0 or block + count > self.num_blocks:
-            raise IndexError(f"blocks [{block}, {block + count}) of {self.num_blocks}")
-        first = block * self.block_bytes
-        source = self._bytes[first : first + count * self.block_bytes]
+        source = self._bytes[self.of_blocks(block, count)]
         # Pinned memory is kept by torch and given out again.
         host = torch.empty(len(source), dtype=torch.uint8, pin_memory=self._cuda)
         self._copy(host, source)
@@ -55,15 +53,12 @@ class DeviceKvPool:
             IndexError: if the bytes are not all in the pool.
         """
         source = memoryview(data).cast("B")
-        first = block * self.block_bytes + offset
-        last = first + len(source)
-        if block < 0 or offset < 0 or last > len(self._bytes):
-            raise IndexError(f"bytes [{first}, {last}) of {len(self._bytes)}")
+        span = self.within(block, offset, len(source))
         if not len(source):
             return
         host = torch.empty(len(source), dtype=torch.uint8, pin_memory=self._cuda)
         host.numpy().data[:] = source
-        self._copy(self._bytes[first:last], host)
+        self._copy(self._bytes[span], host)
 
     def _copy(self, target: Tensor, source: Tensor) -> None:
         if self._stream is None:
