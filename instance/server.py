@@ -311,7 +311,8 @@ class InstanceServer(generate_pb2_grpc.GenerateServicer):
     # ---- steps
 
     def _step_ended(self, emissions: list[Emission]) -> None:
-        for emission in emissions:
+        # A step's tokens reach their clients one after the other: first tokens lead.
+        for emission in sorted(emissions, key=_is_later):
             sequence, reason = emission.sequence, emission.finish_reason
             if self.migrations.silent(sequence):
                 continue
@@ -474,3 +475,7 @@ class InstanceServer(generate_pb2_grpc.GenerateServicer):
             "steps": self.engine.steps,
             "step_seconds": self.engine.step_seconds,
         }
+
+
+def _is_later(emission: Emission) -> bool:
+    return emission.index > 0

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import orjson
@@ -26,7 +26,7 @@ from cluster.gateway.connection import (
 )
 from cluster.gateway.detokenizer import OutputText
 from cluster.gateway.errors import from_failure, invalid
-from cluster.gateway.generation import Choice, Piece, all_pieces
+from cluster.gateway.generation import Choice, all_pieces
 from cluster.gateway.grammar_check import GrammarChecker
 from cluster.gateway.logprobs import LogprobsFormat
 from cluster.gateway.metrics import GatewayMetrics, RequestTimer
@@ -322,39 +322,27 @@ class OpenAIApi:
                 else LogprobsFormat(chat, self._tokenizer.token_bytes)
             ),
         )
-        pieces = all_pieces(choices)
-        streaming = False
-        try:
-            if not body.stream:
-                whole = await while_connected(
-                    collect(pieces, len(choices)), http.receive, self._closing, _left(call.deadline)
-                )
-                return Response(form.whole(whole), media_type="application/json")
-            # Headers wait for the first token: until then a failure can have its own status.
-            first = await while_connected(
-                _first(pieces), http.receive, self._closing, _left(call.deadline)
-            )
-            streaming = True
+        if body.stream:
             return EventStream(
-                first,
-                pieces,
+                choices,
                 form,
                 closing=self._closing,
                 timeout=_left(call.deadline),
                 disconnected=self._metrics.disconnects.inc,
             )
+        pieces = all_pieces(choices)
+        try:
+            whole = await while_connected(
+                collect(pieces, len(choices)), http.receive, self._closing, _left(call.deadline)
+            )
+            return Response(form.whole(whole), media_type="application/json")
         except ClientDisconnected:
             self._metrics.disconnects.inc()
             return Response(status_code=CLIENT_CLOSED)
         finally:
-            if not streaming:
-                await pieces.aclose()
-                for choice in choices:
-                    choice.cancel()
-
-
-async def _first(pieces: AsyncGenerator[Piece, None]) -> Piece:
-    return await anext(pieces)
+            await pieces.aclose()
+            for choice in choices:
+                choice.cancel()
 
 
 def _request_class(http: HttpRequest) -> RequestClass | None:

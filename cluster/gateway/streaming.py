@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from cluster.gateway.connection import ClientDisconnected, while_connected
 from cluster.gateway.errors import ApiError, internal
-from cluster.gateway.generation import Choice, Piece
+from cluster.gateway.generation import Choice, Piece, all_pieces
 from cluster.gateway.logprobs import LogprobsFormat
 
 logger = logging.getLogger(__name__)
@@ -169,17 +169,16 @@ async def collect(pieces: AsyncGenerator[Piece, None], count: int) -> list[Piece
 
 
 class EventStream(Response):
-    """Server-sent events of a generation whose first piece is there already.
+    """Server-sent events of a generation.
 
-    An error from here on is an event and ends the stream without ``[DONE]``: the status has
-    been sent, and an answer must never just stop.
+    Headers wait for the first piece: until then a failure has its own status. An error from
+    then on is an event and ends the stream without ``[DONE]``: an answer must never just stop.
 
     Args:
-        first: The first piece.
-        pieces: The others; closed in any case.
+        choices: What is answered; given up if this ends before they do.
         form: How they look.
         closing: Done when the gateway gives up what still runs.
-        timeout: Seconds for the rest, or None.
+        timeout: Seconds for all of it, or None.
         disconnected: Called if the client goes away before the end.
     """
 
@@ -187,8 +186,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        first: Piece,
-        pieces: AsyncGenerator[Piece, None],
+        choices: Sequence[Choice],
         form: AnswerFormat,
         *,
         closing: asyncio.Future[None],
@@ -200,8 +198,7 @@ class EventStream(Response):
         self.status_code = 200
         self.background: BackgroundTask | None = None
         self.init_headers(headers)
-        self._first = first
-        self._pieces = pieces
+        self._choices = choices
         self._form = form
         self._closing = closing
         self._timeout = timeout
@@ -209,37 +206,43 @@ class EventStream(Response):
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error: ApiError | None = None
+        """Send it.
+
+        Raises:
+            ApiError: what failed before the first piece.
+            ClientDisconnected: if the client went away before it.
+        """
+        pieces = all_pieces(self._choices)
         try:
-            await while_connected(self._write(send), receive, self._closing, self._timeout)
+            await while_connected(self._write(pieces, send), receive, self._closing, self._timeout)
+            return
         except ClientDisconnected:
             self._disconnected()
+            if not self._started:
+                raise
             return
-        except ApiError as failure:
-            error = failure
-        except Exception:
-            logger.exception("a stream failed")
-            error = internal()
+        except Exception as failure:
+            if not self._started:
+                raise
+            if not isinstance(failure, ApiError):
+                logger.exception("a stream failed")
+            error = failure if isinstance(failure, ApiError) else internal()
         finally:
-            await self._pieces.aclose()
-        if error is None:
-            return
-        if not self._started:
-            await error.response()(scope, receive, send)
-            return
+            await pieces.aclose()
+            for choice in self._choices:  # a generator that never began cleans nothing up
+                choice.cancel()
         event = b"data: " + error.body() + b"\n\n"
         await send({"type": "http.response.body", "body": event, "more_body": False})
 
-    async def _write(self, send: Send) -> None:
+    async def _write(self, pieces: AsyncGenerator[Piece, None], send: Send) -> None:
         form = self._form
-        self._started = True
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        await self._event(send, form.begin() + form.chunk(self._first))
-        async for piece in self._pieces:
-            await self._event(send, form.chunk(piece))
+        async for piece in pieces:
+            event = form.chunk(piece)
+            if not self._started:
+                self._started = True
+                start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+                await send(start)
+                event = form.begin() + event
+            if event:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": form.end(), "more_body": False})
-
-    @staticmethod
-    async def _event(send: Send, event: bytes) -> None:
-        if event:
-            await send({"type": "http.response.body", "body": event, "more_body": True})
