@@ -205,8 +205,8 @@ class OperatorCalls:
             return {"instance_id": instance_id, **found}
 
         view = self._core.view(time.monotonic())
-        names = [instance.info.instance_id for instance in view.instances]
-        return {"instances": list(await asyncio.gather(*(ask(name) for name in names)))}
+        names = sorted(instance.info.instance_id for instance in view.instances)
+        return {"instances": list(await asyncio.gather(*map(ask, names)))}
 
     def _require(self, instance_id: str) -> None:
         if instance_id not in self._core.members.loads:
