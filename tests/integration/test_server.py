@@ -14,6 +14,7 @@ import grpc.aio
 import pytest
 
 from bench.instances import FixedPlacer
+from cluster.gateway.links import InstanceLink
 from cluster.gateway.router import Router
 from cluster.gateway.stream import RequestStream
 from instance import wire
@@ -374,3 +375,26 @@ async def test_a_request_that_can_never_fit_ends_with_the_reason(servers: Server
     assert deltas[-1].finish_reason is FinishReason.ERROR
     assert "blocks" in deltas[-1].message
     await servers.idle()
+
+
+async def test_first_tokens_lead_the_frame_of_their_step(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await servers.add("a")
+    frames: list[list[int]] = []
+    received = servers.router.received
+
+    def noted(link: InstanceLink, message: pb.ToGateway) -> None:
+        if message.WhichOneof("message") == "frame":
+            frames.append([part.index for part in message.frame.tokens])
+        received(link, message)
+
+    monkeypatch.setattr(servers.router, "received", noted)
+    running = [servers.submit("a") for _ in range(3)]
+    for stream in running:
+        await asyncio.wait_for(read(stream, 5), 10)
+    late = servers.submit("a")
+    assert len(await asyncio.wait_for(read(late), 30)) == 200
+    mixed = [frame for frame in frames[4:] if 0 in frame and max(frame) > 0]
+    assert mixed
+    assert all(frame[0] == 0 for frame in mixed)
