@@ -223,6 +223,12 @@ class LeasedCounters:
             self._last_waited[account[1]] = account
         return True
 
+    def changes_leases(self, update: LedgerUpdate) -> bool:
+        """Whether with this ledger other sums may be charged unreported than now."""
+        return update.lease != self.lease or any(
+            state.weight != self.weight(state.account[0]) for state in update.accounts
+        )
+
     def copy(self) -> LedgerUpdate:
         """The ledger as it was received last, to rebuild the dispatcher's from."""
         return LedgerUpdate(

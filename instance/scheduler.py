@@ -406,10 +406,13 @@ class Scheduler:
             steps: At most ``steady_steps``; none of them ends a sequence.
             tokens: What each row of ``launched`` draws in these steps.
         """
-        for sequence in (row.sequence for row in launched.rows):
+        charged: dict[Account, int] = {}
+        for sequence, *_ in launched.rows:
             if not sequence.silent:
                 sequence.charged_output += steps
-                self.counters.charge(sequence.account, 0, steps)
+                charged[sequence.account] = charged.get(sequence.account, 0) + steps
+        for account, number in charged.items():
+            self.counters.charge(account, 0, number)
         advance(launched, planned, self.running, self._tables, steps, tokens)
         self._number += steps
 

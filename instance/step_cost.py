@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, fields
 from math import isfinite
 
@@ -62,6 +63,22 @@ class StepCost:
             elif prefill > hidden:
                 seconds += self.prefill_token * (prefill - hidden)
         return seconds
+
+    def decodes_end(self, began: float, rows: int, context: int, steps: int) -> list[float]:
+        """When each of ``steps`` steps in a row ends that decode the same rows.
+
+        Args:
+            began: When the first of them begins.
+            rows: Of every step.
+            context: KV positions that the first step reads; each row reads one more in the
+                next.
+        """
+        fixed, token = self.base + self.decode_sequence * rows, self.context_token
+        ends = itertools.accumulate(
+            (fixed + token * read for read in itertools.count(context, rows)), initial=began
+        )
+        next(ends)
+        return list(itertools.islice(ends, steps))
 
     def seconds(self, batch: StepBatch) -> float:
         """Duration of a step in seconds."""

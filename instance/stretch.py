@@ -96,25 +96,30 @@ def advance(
     # What moves blocks, in the order of steps: first full ones are sealed as a step ends,
     # then the plan after the next finds room.
     due: list[tuple[int, int, int, Sequence, int]] = []
-    for order, (row, drawn) in enumerate(zip(launched.rows, tokens, strict=True)):
-        sequence, start = row.sequence, row.start
+    for order, ((sequence, start, _, _), drawn) in enumerate(
+        zip(launched.rows, tokens, strict=True)
+    ):
         sequence.tokens.extend(drawn)
-        for step in range(size - start % size, steps + 1, size):
+        step = size - start % size
+        while step <= steps:
             due.append((step, 0, order, sequence, start + step))
+            step += size
     for order, sequence in enumerate(running):
         computed = sequence.num_computed
-        room = len(sequence.block_table) * size
-        for step in range(room - computed + 1, steps + 1, size):
+        step = len(sequence.block_table) * size - computed + 1
+        while step <= steps:
             due.append((step, 1, order, sequence, computed + step))
-    due.sort(key=_when)
+            step += size
+    # The first three tell any two apart.
+    due.sort()
     for _, grows, _, sequence, reached in due:
         if not grows:
             sequence.num_written = reached
             tables.seal(sequence)
         elif not tables.grow(sequence, reached):
             raise IntegrityError(f"{sequence.request_id}: no block for {reached} tokens")
-    for row in launched.rows:
-        row.sequence.num_written = row.start + steps
+    for sequence, start, _, _ in launched.rows:
+        sequence.num_written = start + steps
     for sequence in running:
         sequence.num_computed += steps
     # A plan made anew has its rows in the order of the batch.
@@ -125,7 +130,3 @@ def advance(
     planned.rows = [Row(one, one.num_computed - 1, 1, True) for one in running]
     launched.number += steps
     planned.number += steps
-
-
-def _when(due: tuple[int, int, int, Sequence, int]) -> tuple[int, int, int]:
-    return due[:3]

@@ -37,9 +37,11 @@ class Answers:
     def token(self, request_id: str, index: int) -> int:
         """The output token at ``index``; beyond the end, and where the request has ended while
         a step still drew for it, the end-of-sequence token again."""
-        if request_id not in self._lengths:
-            return self._end_token
-        tokens = self._of(request_id)
+        tokens = self._tokens.get(request_id)
+        if tokens is None:
+            if request_id not in self._lengths:
+                return self._end_token
+            tokens = self._of(request_id)
         return tokens[index] if index < len(tokens) else self._end_token
 
     def ends_at(self, sequence: Sequence) -> int:

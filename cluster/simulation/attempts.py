@@ -31,6 +31,8 @@ class Attempts:
 
     @property
     def num_in(self) -> int:
+        if not self._incoming:
+            return 0
         return sum(1 for one in self._incoming.values() if not one.machine.ended)
 
     @property

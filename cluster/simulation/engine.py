@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from typing import Protocol
@@ -104,7 +103,8 @@ class SimulatedEngine(Engine):
         # scheduler has been told of.
         self._ends: list[float] = []
         self._told = 0
-        # What a step of the stretch charges, by account.
+        # What each sequence draws in the stretch, and what a step of it charges.
+        self._drawn: dict[Sequence, SequenceOf[int]] = {}
         self._charges: list[tuple[Account, float]] = []
 
     def _soon(self, call: Callable[[], None]) -> None:
@@ -154,24 +154,26 @@ class SimulatedEngine(Engine):
                 steps = left
             if steps < 1 or sequence.silent:
                 return
-        rows = Counter([row.sequence.account for row in running.rows])
-        self._charges = [(account, service(0, count)) for account, count in rows.items()]
+        rows: dict[Account, int] = {}
+        for row in running.rows:
+            account = row.sequence.account
+            rows[account] = rows.get(account, 0) + 1
+        self._charges = [(account, service(0, number)) for account, number in rows.items()]
         steps = min(steps, self._steps_within_leases())
         if steps > 0:
             steps = self.scheduler.steady_steps(running, planned, steps)
         if steps < 1:
             return
-        context = sum(row.start + 1 for row in running.rows)
-        of = self._cost.of
+        context = count + sum([start for _, start, _, _ in running.rows])
         at = self._launched_at + self._seconds
-        ends = [at]
-        for _ in range(steps):
-            context += count
-            at += of(0, 0, count, context)
-            ends.append(at)
-        self._ends = ends
+        self._ends = [at, *self._cost.decodes_end(at, count, context + count, steps)]
         self._told = 0
-        self._set_timer(at)
+        tokens = self._answers.tokens
+        self._drawn = {
+            one: tokens(one.request.request_id, start + 1 - one.num_prompt, steps)
+            for one, start, _, _ in running.rows
+        }
+        self._set_timer(self._ends[-1])
 
     def _steps_within_leases(self) -> int:
         """Steps that can end before the one that uses up a lease, which is reported at once."""
@@ -210,26 +212,24 @@ class SimulatedEngine(Engine):
         running, planned = self._running, self._planned
         assert running is not None
         assert planned is not None
-        times = self._ends[self._told : self._told + steps]
+        first, end = self._told, self._told + steps
+        times = self._ends[first:end]
         seconds = [end - begin for begin, end in itertools.pairwise((self._launched_at, *times))]
         # Of steps in a row that only decode, no more than the first is learned from.
         self.scheduler.budget.observe(running, seconds[0])
         if self.scheduler.swap is not None:
             self.scheduler.swap.cost.observe_decodes(running.rows, seconds)
-        answers = self._answers
         sequences = [row.sequence for row in running.rows]
+        drawn = self._drawn
         self.scheduler.advance_decodes(
-            running,
-            planned,
-            steps,
-            [answers.tokens(one.request_id, one.num_output, steps) for one in sequences],
+            running, planned, steps, [drawn[one][first:end] for one in sequences]
         )
         self._on_decodes(sequences, times)
-        self._told += steps
+        self._told = end
         self.steps += steps
         self.jumped += steps
+        self._recent.extend(seconds)
         for one in seconds:
-            self._recent.append(one)
             self.step_seconds_total += one
             self.model_seconds += one
         self._launched_at = times[-1]
@@ -242,7 +242,7 @@ class SimulatedEngine(Engine):
         assert plan is not None
         answers = self._answers
         drawn = [
-            answers.token(sequence.request_id, start + length - sequence.num_prompt)
+            answers.token(sequence.request.request_id, start + length - sequence.num_prompt)
             for sequence, start, length, samples in plan.rows
             if samples
         ]

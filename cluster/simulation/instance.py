@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Protocol
@@ -54,6 +55,8 @@ class SimulatedInstance:
 
     Attributes:
         alive: False once it has died; nothing of it happens from then on.
+        instance_id: Its name.
+        incarnation: Of this life.
         engine: The step loop.
         attempts: Its migrations.
     """
@@ -74,6 +77,8 @@ class SimulatedInstance:
         counters: LeasedCounters | None = None,
     ) -> None:
         self.info = info
+        self.instance_id = info.instance_id
+        self.incarnation = info.incarnation
         self.config = config
         self.clock = clock
         self.alive = True
@@ -110,14 +115,6 @@ class SimulatedInstance:
         self._last_report = clock.now()
         self._report_timer: TimerHandle | None = None
         self._report_due = 0.0
-
-    @property
-    def instance_id(self) -> str:
-        return self.info.instance_id
-
-    @property
-    def incarnation(self) -> str:
-        return self.info.incarnation
 
     # ---- time and messages
 
@@ -199,7 +196,7 @@ class SimulatedInstance:
     def resend(self, sequence: Sequence, index: int) -> None:
         """Output from ``index`` on is told now: it was drawn before the home had decided."""
         now = self.clock.now()
-        times = [now] * (sequence.num_output - index)
+        times = array("d", [now] * (sequence.num_output - index))
         if times:
             self._drew(sequence, times)
         if sequence.finish_reason:
@@ -235,12 +232,17 @@ class SimulatedInstance:
         """Take over what is new in the cluster's ledger; one for an older start is ignored.
 
         It stops no stretch of steps, unless a lease ends in it: who goes before whom is read
-        from the counters only where somebody waits.
+        from the counters only where somebody waits. Sums of charges are the same if they are
+        charged later; whether they use up a lease is not.
         """
-        if self.alive and incarnation == self.incarnation:
+        if not self.alive or incarnation != self.incarnation:
+            return
+        if self.counters.changes_leases(update):
             self.engine.catch_up()
             self.counters.take(update)
             self.engine.leases_changed()
+        else:
+            self.counters.take(update)
 
     def tell_prefixes(self) -> None:
         """Report from now on as if nobody knew what the prefix cache holds."""
@@ -257,7 +259,7 @@ class SimulatedInstance:
             if sequence in silent:
                 continue
             if emission.tokens:
-                self._drew(sequence, [now] * len(emission.tokens))
+                self._drew(sequence, array("d", [now] * len(emission.tokens)))
             if emission.finish_reason:
                 self.attempts.tell_source(sequence, m.SequenceEnded())
                 self._ended(sequence, emission.finish_reason)
@@ -267,12 +269,13 @@ class SimulatedInstance:
 
     def _decoded(self, sequences: SequenceOf[Sequence], times: SequenceOf[float]) -> None:
         silent = self.attempts.silent() if self.attempts.num_in else ()
+        at = array("d", times)
         for sequence in sequences:
             if sequence not in silent:
-                self._drew(sequence, times)
+                self._drew(sequence, at)
 
-    def _drew(self, sequence: Sequence, times: SequenceOf[float]) -> None:
-        record = self._requests[sequence.request_id]
+    def _drew(self, sequence: Sequence, times: array[float]) -> None:
+        record = self._requests[sequence.request.request_id]
         if record.instances[-1] != self.instance_id:
             record.arrived(self.instance_id, times[0], self.engine.step_seconds)
         record.times.extend(times)
