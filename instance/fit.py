@@ -36,7 +36,7 @@ class Fit:
         """A job with these features took so long."""
         seconds = max(seconds, _SHORTEST)
         x = np.array(features, dtype=np.float64) * self._prior / seconds
-        self._products = self._memory * self._products + np.outer(x, x)
+        self._products = self._memory * self._products + x[:, None] * x
         self._targets = self._memory * self._targets + x
         self._costs = None
         self.count += 1
@@ -51,15 +51,20 @@ class Fit:
     def _solve(self) -> NDArray[np.float64]:
         size = len(self._prior)
         # The prior is a faint measurement of every feature, relative to what was seen of it.
-        weight = _PRIOR_WEIGHT * (1e-6 + np.diag(self._products))
-        products = self._products + np.diag(weight)
+        products = self._products.copy()
+        diagonal = products.reshape(-1)[:: size + 1]
+        weight = _PRIOR_WEIGHT * (1e-6 + diagonal)
+        diagonal += weight
         targets = self._targets + weight
         found = np.zeros(size)
         active = list(range(size))
         # Features whose cost came out negative go one by one: their true cost is near 0.
         while active:
-            part = np.linalg.solve(products[np.ix_(active, active)], targets[active])
-            lowest = int(np.argmin(part))
+            if len(active) < size:
+                part = np.linalg.solve(products[np.ix_(active, active)], targets[active])
+            else:
+                part = np.linalg.solve(products, targets)
+            lowest = int(part.argmin())
             if part[lowest] >= 0:
                 found[active] = part
                 break

@@ -24,6 +24,7 @@ class Role(StrEnum):
     DECODE = "decode"
 
 
+_WAITING = SequenceStatus.WAITING
 _MEASURED_AFTER = 8
 """Steps with prefill after which their costs are reported."""
 
@@ -43,8 +44,7 @@ class Figure(NamedTuple):
     buckets: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceLoad:
+class SequenceLoad(NamedTuple):
     """One sequence as the dispatcher needs to see it.
 
     Attributes:
@@ -209,23 +209,21 @@ def build_report(
 
     Where the scheduler's counters are leased, this is the report that renews the leases.
     """
-    block_size = scheduler.pool.block_size
+    block_size, involves = scheduler.pool.block_size, migrations.involves
 
     def view(sequence: Sequence, running: bool) -> SequenceLoad:
-        request = sequence.request
+        request, num_tokens = sequence.request, len(sequence.tokens)
         return SequenceLoad(
-            request_id=request.request_id,
-            epoch=sequence.epoch,
-            tenant=request.tenant,
-            request_class=request.request_class,
-            home=request.home,
-            running=running,
-            blocks=(
-                len(sequence.block_table) if running else -(-len(sequence.tokens) // block_size)
-            ),
-            num_tokens=len(sequence.tokens),
-            migrating=migrations.involves(request.request_id),
-            uncomputed=len(sequence.tokens) - min(sequence.num_written, len(sequence.tokens)),
+            request.request_id,
+            sequence.epoch,
+            request.tenant,
+            request.request_class,
+            request.home,
+            running,
+            blocks=len(sequence.block_table) if running else -(-num_tokens // block_size),
+            num_tokens=num_tokens,
+            migrating=involves(request.request_id),
+            uncomputed=max(0, num_tokens - sequence.num_written),
             paused=running and scheduler.is_paused(sequence),
         )
 
@@ -233,7 +231,7 @@ def build_report(
     held = [
         view(sequence, True)
         for sequence in scheduler.sequences.values()
-        if sequence.status is not SequenceStatus.WAITING
+        if sequence.status is not _WAITING
     ]
     return LoadReport(
         instance_id=instance_id,

@@ -153,19 +153,20 @@ class Planner:
     def _decode(self, draft: Draft) -> list[Sequence]:
         """Rows for those with one position to compute; returns those with more."""
         behind: list[Sequence] = []
-        rows, most = draft.rows, self._max_num_seqs
+        rows, most, size = draft.rows, self._max_num_seqs, self._tables.pool.block_size
         for sequence in self._running[:]:
             if sequence in rows or sequence.status is not _RUNNING or sequence.held:
                 continue
-            remaining = len(sequence.tokens) + sequence.num_in_flight - sequence.num_computed
+            computed = sequence.num_computed
+            remaining = len(sequence.tokens) + sequence.num_in_flight - computed
             if remaining > 1:
                 behind.append(sequence)
             elif (
                 remaining == 1
                 and not self._limits.is_last(sequence)
                 and len(rows) < most
-                and draft.make_room()
-                and self._grow(draft, sequence, 1)
+                and (draft.budget > 0 or draft.make_room())
+                and (computed < len(sequence.block_table) * size or self._grow(draft, sequence, 1))
             ):
                 draft.put(sequence, 1)
         return behind

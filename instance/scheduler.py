@@ -20,8 +20,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 from instance.budget import TokenBudget
 from instance.config import SchedulerConfig
@@ -49,12 +49,12 @@ _RUNNING = SequenceStatus.RUNNING
 _WAITING = SequenceStatus.WAITING
 _LOADING = SequenceStatus.LOADING
 _HANDOVER = SequenceStatus.HANDOVER
+_FINISHED = SequenceStatus.FINISHED
 _NO_LOGPROBS: Mapping[int, TokenLogprobs] = MappingProxyType({})
 _NO_ERRORS: Mapping[int, str] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class Emission:
+class Emission(NamedTuple):
     """New tokens of a sequence, in the order of their output index.
 
     Attributes:
@@ -319,11 +319,12 @@ class Scheduler:
             raise ValueError(f"step {plan.number}: {len(tokens)} tokens for {draws} rows")
         emissions: list[Emission] = []
         decoded: dict[Account, int] = {}
+        block_size, finish_reason = self.pool.block_size, self._limits.finish_reason
         following = 0
         for sequence, start, count, samples in plan.rows:
             draw = following
             following += samples
-            if sequence.status is SequenceStatus.FINISHED:
+            if sequence.status is _FINISHED:
                 continue
             # A sequence preempted since the launch is waiting (it cannot have returned: the
             # plan made meanwhile admits nobody). Its token is valid, its KV is gone or about
@@ -352,9 +353,10 @@ class Scheduler:
                 decoded[sequence.account] = decoded.get(sequence.account, 0) + 1
             else:
                 charge_work(self.counters, sequence, start, start + count)
-            self._tables.seal(sequence)
-            reason = self._limits.finish_reason(sequence)
-            if reason is not FinishReason.NOT_FINISHED:
+            if sequence.num_written // block_size > sequence.sealed:
+                self._tables.seal(sequence)
+            reason = finish_reason(sequence)
+            if reason:
                 self.finish(sequence, reason)
             emissions.append(Emission(sequence, index, (tokens[draw],), reason, figures))
         for account, number in decoded.items():

@@ -30,6 +30,8 @@ class LedgerFeed:
         self._ledger = ledger
         self._sent: dict[Source, tuple[float, int]] = {}
         self._due: set[Source] = set()
+        # When the one of these was sent a ledger that was sent none for longest, or earlier.
+        self._oldest = math.inf
         self._fetched: dict[Source, float] = {}
 
     def reported(self, source: Source, report: ServiceReport, now: float) -> list[Action]:
@@ -44,7 +46,7 @@ class LedgerFeed:
         if report.leased:
             self.all_due()
         else:
-            self._due.add(source)
+            self._add_due(source)
         return []
 
     def copied(self, source: Source, copy: LedgerUpdate, now: float) -> None:
@@ -52,11 +54,16 @@ class LedgerFeed:
         self._ledger.take_copy(copy, source, now)
         self._fetched.pop(source, None)
         self._sent.setdefault(source, (-math.inf, 0))
-        self._due.add(source)
+        self._add_due(source)
 
     def all_due(self) -> None:
         """Every instance shall have the ledger as it is now."""
-        self._due.update(self._sent)
+        for source in self._sent:
+            self._add_due(source)
+
+    def _add_due(self, source: Source) -> None:
+        self._due.add(source)
+        self._oldest = min(self._oldest, self._sent[source][0])
 
     def gone(self, source: Source, now: float) -> None:
         """An incarnation has ended."""
@@ -67,13 +74,15 @@ class LedgerFeed:
 
     def send(self, now: float) -> list[Action]:
         """What is to be sent now."""
-        if not self._due:
+        interval = max(LEAST_INTERVAL, PER_INSTANCE * len(self._sent))
+        if not self._due or now - self._oldest < interval:
             return []
         actions: list[Action] = []
-        interval = max(LEAST_INTERVAL, PER_INSTANCE * len(self._sent))
+        self._oldest = math.inf
         for source in sorted(self._due):
             at, version = self._sent[source]
             if now - at < interval:
+                self._oldest = min(self._oldest, at)
                 continue
             self._due.discard(source)
             update = self._ledger.update_for(source)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -117,7 +116,7 @@ class Migrations:
         if report.outcome != MOVED:
             return
         # The home advances the epoch by one when it grants the destination's claim.
-        moved = dataclasses.replace(transfer.sequence, epoch=transfer.sequence.epoch + 1)
+        moved = transfer.sequence._replace(epoch=transfer.sequence.epoch + 1)
         members.release(moved.request_id, moved.epoch)
         if destination is not None and not self._is_over(moved):
             destination.charge(moved, now)

@@ -20,7 +20,7 @@ from cluster.gateway.home_actions import Peer
 from cluster.gateway.served import ServedService
 from cluster.tenant_file import load_tenants
 from instance.fairness import service
-from instance.leases import LeasedCounters, LedgerUpdate, ServiceReport
+from instance.leases import AccountState, LeasedCounters, LedgerUpdate, ServiceReport
 from instance.request import RequestClass
 from tests.unit.dispatching import dispatcher, info, report
 
@@ -228,6 +228,42 @@ def test_a_used_up_lease_asks_for_a_report_once() -> None:
     assert not counters.report().leased
 
 
+def sent(version: int, lease: float, counters: tuple[float, float], weight: float) -> LedgerUpdate:
+    states = (AccountState(A, counters[0], False, weight), AccountState(B, counters[1], True, 1.0))
+    return LedgerUpdate(version, 0, lease, states)
+
+
+numbers = st.integers(0, 100).map(float)
+
+
+@given(
+    st.tuples(numbers, numbers), st.lists(st.tuples(st.sampled_from((A, B)), st.integers(0, 30)))
+)
+def test_charges_may_come_late_where_a_ledger_changes_no_lease(now, charges) -> None:
+    early, late = LeasedCounters(), LeasedCounters()
+    news = sent(2, 40.0, now, 2.0)
+    for counters in (early, late):
+        assert counters.take(sent(1, 40.0, (0.0, 0.0), 2.0))
+        assert not counters.changes_leases(news)
+    for account, output in charges:
+        early.charge(account, 0, output)
+    early.take(news)
+    late.take(news)
+    for account, output in charges:
+        late.charge(account, 0, output)
+    for account in (A, B):
+        assert early.counter(account) == late.counter(account)
+        assert early.left(account) == late.left(account)
+    assert early.report() == late.report()
+
+
+def test_another_lease_or_weight_changes_what_may_be_charged() -> None:
+    counters = LeasedCounters()
+    counters.take(sent(1, 40.0, (0.0, 0.0), 2.0))
+    assert counters.changes_leases(sent(2, 30.0, (0.0, 0.0), 2.0))
+    assert counters.changes_leases(sent(2, 40.0, (0.0, 0.0), 1.0))
+
+
 def test_a_tenant_unknown_to_the_ledger_is_lifted_where_it_waits() -> None:
     ledger = FairnessLedger()
     counters = LeasedCounters()
@@ -333,6 +369,20 @@ def test_a_used_up_lease_is_told_to_every_instance() -> None:
     assert ledgers(core.handle(Reported(with_service("i0", 2, used_up)), 1.0)) == ["i0", "i1", "i2"]
     assert core.ledger.lease_reports == 1
     assert ledgers(core.handle(Tick(), 2.0)) == []
+
+
+def test_a_ledger_that_is_due_too_early_is_sent_later() -> None:
+    core = dispatcher()
+    core.handle(Joined(info("i0")), 0.0)
+    core.handle(Joined(info("i1")), 0.0)
+    assert ledgers(core.handle(Reported(with_service("i0", 1, said((A, 5.0)))), 1.0)) == ["i0"]
+    assert ledgers(core.handle(Reported(with_service("i1", 1, said((A, 5.0)))), 1.03)) == ["i1"]
+    assert ledgers(core.handle(Reported(with_service("i0", 2, said((A, 9.0)))), 1.035)) == []
+    assert ledgers(core.handle(Reported(with_service("i1", 2, said((A, 9.0)))), 1.04)) == []
+    assert ledgers(core.handle(Tick(), 1.045)) == []
+    assert ledgers(core.handle(Tick(), 1.06)) == ["i0"]
+    assert ledgers(core.handle(Tick(), 1.07)) == []
+    assert ledgers(core.handle(Tick(), 1.09)) == ["i1"]
 
 
 def test_a_restarted_dispatcher_asks_for_copies() -> None:

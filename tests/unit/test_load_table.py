@@ -73,7 +73,7 @@ def loaded(*reports: LoadReport) -> Dispatcher:
 
 
 def prompt(request_id: str, uncomputed: int) -> SequenceLoad:
-    return dataclasses.replace(sequence(request_id, 100), uncomputed=uncomputed)
+    return sequence(request_id, 100)._replace(uncomputed=uncomputed)
 
 
 def test_of_equally_free_instances_the_one_with_fewer_prompts_ahead_is_taken() -> None:
@@ -86,13 +86,13 @@ def test_of_equally_free_instances_the_one_with_fewer_prompts_ahead_is_taken() -
 
 
 def test_a_long_prompt_ahead_outweighs_a_little_freeness_but_not_a_full_memory() -> None:
-    fuller = dataclasses.replace(sequence("b", 150), uncomputed=1)
+    fuller = sequence("b", 150)._replace(uncomputed=1)
     core = loaded(
         report("i0", 1, (prompt("a", 1600),), costs=COSTS),
         report("i1", 1, (fuller,), costs=COSTS),
     )
     assert placed(core.handle(PlaceRequested(ask("r")), 0.1)) == ["i1"]
-    full = tuple(dataclasses.replace(sequence(f"b{n}", 49), uncomputed=1) for n in range(20))
+    full = tuple(sequence(f"b{n}", 49)._replace(uncomputed=1) for n in range(20))
     core = loaded(
         report("i0", 1, (prompt("a", 1600),), costs=COSTS), report("i1", 1, full, costs=COSTS)
     )

@@ -63,7 +63,7 @@ def later(core: Dispatcher, loads: dict[str, tuple], until: float) -> list:
 
 
 def of(tenant: str, name: str, blocks: int, running: bool = True, **more) -> SequenceLoad:
-    return dataclasses.replace(sequence(name, blocks, running, **more), tenant=tenant)
+    return sequence(name, blocks, running, **more)._replace(tenant=tenant)
 
 
 # ---- defragment
@@ -232,8 +232,8 @@ def test_a_class_is_not_compared_with_another() -> None:
 
 
 def test_requests_go_on_elsewhere_after_their_prompt() -> None:
-    computing = dataclasses.replace(sequence("new", 10), uncomputed=50)
-    done = dataclasses.replace(sequence("done", 10), uncomputed=1)
+    computing = sequence("new", 10)._replace(uncomputed=50)
+    done = sequence("done", 10)._replace(uncomputed=1)
     core = ready({"p": (computing, done), "d": (), "m": ()}, rebalance=RebalanceConfig(False))
     assert core.handle(RoleRequested("p", Role.PREFILL), 1.0) == [SetRole("p", Role.PREFILL)]
     core.handle(RoleRequested("d", Role.DECODE), 1.0)
@@ -246,7 +246,7 @@ def test_requests_go_on_elsewhere_after_their_prompt() -> None:
 
 
 def test_without_room_elsewhere_a_request_is_decoded_where_it_is() -> None:
-    done = dataclasses.replace(sequence("done", 10), uncomputed=1)
+    done = sequence("done", 10)._replace(uncomputed=1)
     core = ready({"p": (done,), "d": (sequence("x", 99),)})
     core.handle(RoleRequested("p", Role.PREFILL), 1.0)
     core.handle(RoleRequested("d", Role.DECODE), 1.0)

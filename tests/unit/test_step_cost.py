@@ -59,3 +59,14 @@ def test_more_work_never_takes_less(
 def test_what_is_no_cost_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match="context_token"):
         StepCost(context_token=value)
+
+
+@given(costs, st.floats(0, 100), st.integers(1, 30), st.integers(0, 10_000), st.integers(0, 60))
+def test_steps_in_a_row_end_where_one_after_the_other_does(
+    cost: StepCost, began: float, rows: int, context: int, steps: int
+) -> None:
+    expected, at = [], began
+    for step in range(steps):
+        at += cost.of(0, 0, rows, context + step * rows)
+        expected.append(at)
+    assert cost.decodes_end(began, rows, context, steps) == expected
