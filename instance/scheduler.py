@@ -20,8 +20,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
 
 from instance.budget import TokenBudget
 from instance.config import SchedulerConfig
@@ -54,7 +54,8 @@ _NO_LOGPROBS: Mapping[int, TokenLogprobs] = MappingProxyType({})
 _NO_ERRORS: Mapping[int, str] = MappingProxyType({})
 
 
-class Emission(NamedTuple):
+@dataclass(slots=True)
+class Emission:
     """New tokens of a sequence, in the order of their output index.
 
     Attributes:
