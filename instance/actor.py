@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from instance.config import EngineConfig
 from instance.executor import Executor
+from instance.heap import freeze_heap
 from instance.leases import LedgerUpdate
 from instance.load import InstanceInfo, MigrationReport, Role
 from instance.model.resolve import Progress
@@ -95,6 +96,7 @@ class InstanceActor:
                 )
                 return await self._server.start()
 
+            freeze_heap()  # before the loop has anything to do
             info = asyncio.run_coroutine_threadsafe(serve(), self._loop).result()
             self._progress = "ready"
             self._started.set_result(info)

@@ -54,6 +54,7 @@ from cluster.dispatcher.overrides import POLICY, key
 from cluster.dispatcher.store import RedisStore, StateKeeper
 from cluster.names import ClusterRef
 from cluster.user_policy import FileRefused, file_policies
+from instance.heap import freeze_heap
 from instance.load import InstanceInfo, LoadReport, MigrationReport
 from instance.request import Account
 
@@ -112,6 +113,7 @@ class DispatcherActor(OperatorCalls):
         if redis_url:
             store = RedisStore(redis_url, f"{cluster.namespace}:{cluster.dispatcher}")
             self._keeper = StateKeeper(store, self._export, self._restore, version)
+        freeze_heap()
 
     # ---- instances
 

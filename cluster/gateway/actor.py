@@ -19,6 +19,7 @@ from cluster.gateway.router import Router
 from cluster.gateway.server import GatewayServer
 from cluster.gateway.tokenizer import ModelTokenizer
 from cluster.names import ClusterRef
+from instance.heap import freeze_heap
 from instance.model.resolve import resolve_model
 
 T = TypeVar("T")
@@ -82,6 +83,7 @@ class GatewayActor:
         try:
             keys = ApiKeys.load(self._config.api_keys_file, self._config.api_key_hashes)
             self._tokenizer = ModelTokenizer.load(resolve_model(self._config.model))
+            freeze_heap()  # before the loop has anything to do
             self._started.set_result(self._run(self._serve(keys, self._tokenizer)))
         except BaseException as error:
             logger.exception("gateway %s did not start", self._gateway_id)
