@@ -98,7 +98,7 @@ class SimulatedEngine(Engine):
         self._on_decodes = on_decodes
         self._on_prefill = on_prefill
         self._timer: TimerHandle | None = None
-        self._seconds = 0.0
+        self._ends_at = 0.0
         # Ends of the running step and of those that may follow it, and how many of them the
         # scheduler has been told of.
         self._ends: list[float] = []
@@ -124,8 +124,8 @@ class SimulatedEngine(Engine):
     # ---- steps
 
     def _launch(self, plan: StepPlan) -> None:
-        self._seconds = self._cost.of(*StepShape.of(plan))
-        self._timer = self._clock.call_later(self._seconds, self._step_over)
+        self._ends_at = self._clock.now() + self._cost.of(*StepShape.of(plan))
+        self._timer = self._virtual.call_at(self._ends_at, self._step_over)
         # Decodes come first in a plan.
         for sequence, start, length, _ in reversed(plan.rows):
             if start < sequence.num_prompt:
@@ -137,8 +137,18 @@ class SimulatedEngine(Engine):
         if self.failed:
             return
         super()._advance()
-        if self.jumps and self._running is not None and self._planned is not None:
-            self._begin_stretch(self._running, self._planned)
+        self.resume()
+
+    def resume(self) -> None:
+        """After an ``interrupt``, and what it was for: the next steps may be known again."""
+        running, planned = self._running, self._planned
+        if (
+            self.jumps
+            and running is not None
+            and planned is not None
+            and not (self._ends or self._at_boundary or self._released_since_launch)
+        ):
+            self._begin_stretch(running, planned)
 
     def _begin_stretch(self, running: StepPlan, planned: StepPlan) -> None:
         """See how far the next steps are known, and let the last of them end the stretch."""
@@ -165,7 +175,7 @@ class SimulatedEngine(Engine):
         if steps < 1:
             return
         context = count + sum([start for _, start, _, _ in running.rows])
-        at = self._launched_at + self._seconds
+        at = self._ends_at
         self._ends = [at, *self._cost.decodes_end(at, count, context + count, steps)]
         self._told = 0
         tokens = self._answers.tokens
@@ -204,8 +214,9 @@ class SimulatedEngine(Engine):
         """Something is about to happen here: the running step is the last that is known."""
         if self._ends:
             self.catch_up()
+            self._ends_at = self._ends[self._told]
             if self._told < len(self._ends) - 1:
-                self._set_timer(self._ends[self._told])
+                self._set_timer(self._ends_at)
             self._ends = []
 
     def _account(self, steps: int) -> None:
@@ -224,11 +235,13 @@ class SimulatedEngine(Engine):
         self.scheduler.advance_decodes(
             running, planned, steps, [drawn[one][first:end] for one in sequences]
         )
+        # Whoever is told of the first tokens may ask what a step takes, the first one included.
+        self._recent.append(seconds[0])
         self._on_decodes(sequences, times)
         self._told = end
         self.steps += steps
         self.jumped += steps
-        self._recent.extend(seconds)
+        self._recent.extend(seconds[1:])
         for one in seconds:
             self.step_seconds_total += one
             self.model_seconds += one

@@ -123,6 +123,9 @@ class SimulatedInstance:
         if self.alive:
             self.engine.interrupt()
             call()
+            # The next step's end tells that nobody waits any more.
+            if not self._emptied:
+                self.engine.resume()
 
     def later(self, delay: float, call: Callable[[], None]) -> TimerHandle:
         """Run a call here after ``delay`` seconds, if the instance still lives."""
@@ -263,9 +266,13 @@ class SimulatedInstance:
             if emission.finish_reason:
                 self.attempts.tell_source(sequence, m.SequenceEnded())
                 self._ended(sequence, emission.finish_reason)
-        emptied = self._reported_waiting and not self.engine.scheduler.waiting
-        if emptied or self.counters.due:
+        if self._emptied or self.counters.due:
             self.report_soon()
+
+    @property
+    def _emptied(self) -> bool:
+        """Somebody waited at the last report, and nobody does now."""
+        return self._reported_waiting and not self.engine.scheduler.waiting
 
     def _decoded(self, sequences: SequenceOf[Sequence], times: SequenceOf[float]) -> None:
         silent = self.attempts.silent() if self.attempts.num_in else ()
