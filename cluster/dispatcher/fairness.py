@@ -62,6 +62,8 @@ class FairnessLedger:
         self._first = version
         self._base = 0
         self._given: dict[Source, Given] = {}
+        # None where what instances say of themselves, or who lives, has changed since.
+        self._lease: float | None = None
         self._last_waited: dict[RequestClass, Account] = {}
 
     # ---- tenants
@@ -150,6 +152,8 @@ class FairnessLedger:
         self.system += max(0, report.system - given.system)
         given.system = max(given.system, report.system)
         given.known = max(given.known, report.ledger)
+        if (given.theta, given.increment) != (report.theta, report.increment):
+            self._lease = None
         given.see(report.theta, report.increment, now)
         if not given.ready and not 0 < report.ledger < self._first:
             given.ready = True
@@ -197,11 +201,14 @@ class FairnessLedger:
         given = self._given.get(source)
         if given is not None and given.ended is None:
             given.ended = now
+            self._lease = None
 
     def resumed(self, source: Source) -> None:
         """An incarnation that was taken for gone is heard of again."""
-        if source in self._given:
-            self._given[source].ended = None
+        given = self._given.get(source)
+        if given is not None and given.ended is not None:
+            given.ended = None
+            self._lease = None
 
     def expire(self, now: float, lifetime: float) -> None:
         """Forget sources and accounts that ended or did nothing ``lifetime`` seconds ago."""
@@ -252,9 +259,12 @@ class FairnessLedger:
         Chosen so that what all others hide from one instance is at most its theta, where
         that leaves a lease worth the name.
         """
-        live = self._live()
-        theta = max((given.theta for given in live), default=0.0)
-        return max(LEAST_LEASE, theta / max(1, len(live) - 1)) if live else math.inf
+        if self._lease is None:
+            live = self._live()
+            theta = max((given.theta for given in live), default=0.0)
+            lease = max(LEAST_LEASE, theta / max(1, len(live) - 1)) if live else math.inf
+            self._lease = lease
+        return self._lease
 
     def bound(self, request_class: RequestClass) -> float:
         """How far apart the counters of waiting accounts may be (G).

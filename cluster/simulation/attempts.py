@@ -46,6 +46,8 @@ class Attempts:
 
     def involved(self) -> set[str]:
         """Requests that take part in an attempt here."""
+        if not self._outgoing and not self._incoming:
+            return set()
         names = {one.machine.request_id for one in self._outgoing.values()}
         names.update(one.machine.request_id for one in self._incoming.values() if one.machine.live)
         return names

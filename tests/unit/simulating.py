@@ -129,7 +129,11 @@ def summary(outcome: Outcome) -> Any:
                 one.status,
                 one.times.tobytes(),
                 one.placed,
+                repr(one.started),
                 one.instances,
+                one.moves,
+                one.transfer,
+                one.joining,
                 one.preemptions,
                 one.preemption_loss,
                 one.pauses,
@@ -139,7 +143,7 @@ def summary(outcome: Outcome) -> Any:
             for one in outcome.requests
         ],
         [
-            (name, one.times.tobytes(), one.used.tobytes(), one.waiting.tobytes())
+            (name, *(of.tobytes() for of in (one.times, one.used, one.running, one.waiting)))
             for name, one in outcome.instances.items()
         ],
         outcome.migrations,

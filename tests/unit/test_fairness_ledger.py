@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 from dataclasses import replace
 
@@ -157,6 +158,39 @@ def test_no_lease_is_so_small_that_every_step_is_reported(theta: float, instance
     steps = 10.0 * instances
     hidden = (instances - 1) * LEAST_LEASE + steps - 10.0 if instances > 1 else 0.0
     assert ledger.bound(STANDARD) == theta + LEAST_LEASE + 10.0 + hidden + steps
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from((ONE, TWO, Source("i2", "z"))),
+            st.sampled_from(("report", "end", "resume", "expire")),
+            st.sampled_from((0.0, 50.0, 100.0, 900.0)),
+        ),
+        max_size=20,
+    )
+)
+def test_the_lease_follows_who_lives_and_what_they_say(events) -> None:
+    ledger = FairnessLedger()
+    thetas: dict[Source, float] = {}
+    gone: set[Source] = set()
+    for at, (source, what, theta) in enumerate(events):
+        if what == "report":
+            ledger.report(source, said((A, at), theta=theta), at)
+            thetas[source] = theta
+        elif what == "end":
+            ledger.ended(source, at)
+            gone |= {source} & thetas.keys()
+        elif what == "resume":
+            ledger.resumed(source)
+            gone.discard(source)
+        else:
+            ledger.expire(at + 1.0, 0.0)
+            thetas = {one: theta for one, theta in thetas.items() if one not in gone}
+            gone.clear()
+        live = [theta for one, theta in thetas.items() if one not in gone]
+        most = max(live, default=0.0) / max(1, len(live) - 1)
+        assert ledger.lease() == (max(LEAST_LEASE, most) if live else math.inf)
 
 
 def test_idle_accounts_and_old_sources_are_forgotten() -> None:
