@@ -156,7 +156,8 @@ class ServeConfig:
         "MS",
         _SCHEDULING,
         "milliseconds per output token within which prompts may share steps: MS, CLASS=MS, "
-        "auto or off; may be given several times (default: auto, 3.5 times a step without prompts)",
+        "auto or off; may be given several times (default: auto, 3.5 times a step without prompts, "
+        "1.3 times beside prompts of a less urgent class)",
         many=True,
     )
     fairness_theta: float | None = setting(

@@ -18,6 +18,9 @@ from instance.request import RequestClass, StepPlan
 
 STRETCH = 3.5
 """Where no target is set: a step with prefill may take so many times one without."""
+STRETCH_FOR_LESS_URGENT = 1.3
+"""The same where the prefill is of a class less urgent than one of the decodes'. About as many
+prompt positions cost little beside the weights that the decodes have read in any case."""
 SLOWEST = 4.2
 """The slowest percentile of them may take so many times one without: where steps vary much,
 prefill is given less than ``STRETCH`` allows."""
@@ -165,7 +168,8 @@ class TokenBudget:
     Args:
         max_tokens: Of a step, decodes included.
         targets: Seconds per output token that each class may take, by class; 0 stands for
-            ``stretch`` times the same step without prefill.
+            ``stretch`` times the same step without prefill, or ``STRETCH_FOR_LESS_URGENT``
+            times beside prefill of a less urgent class.
 
     Attributes:
         learner: Fed with every step that is worth it.
@@ -212,6 +216,7 @@ class TokenBudget:
         decode_context: int,
         classes: Iterable[RequestClass],
         start: int,
+        prompt: RequestClass,
     ) -> int:
         """Prefill tokens that may join a step of decodes.
 
@@ -220,15 +225,21 @@ class TokenBudget:
             decode_context: Sum of the positions they attend to.
             classes: Those of the decodes.
             start: Where the first prefill goes on in its sequence.
+            prompt: The class of that prefill.
         """
         most = self.max_tokens - decodes
         self.prefill = most
         if decodes and self.learned:
             costs = self.learner.costs
             alone = costs.seconds(StepShape(decodes=decodes, decode_context=decode_context))
+            stretch = self.stretch
+            gentle = min(stretch, STRETCH_FOR_LESS_URGENT)
             # Of several targets the tightest counts; a step alone may exceed it already.
             target = min(
-                (self._targets[one] or self.stretch * alone for one in set(classes)),
+                (
+                    self._targets[one] or (gentle if one < prompt else stretch) * alone
+                    for one in set(classes)
+                ),
                 default=math.inf,
             )
             within = costs.prefill_within(target - alone, start)

@@ -176,28 +176,28 @@ class Planner:
         for sequence in behind:
             if sequence.status is not _RUNNING:
                 continue  # preempted by another's growth
-            self._bound(draft, sequence.num_computed)
+            self._bound(draft, sequence, sequence.num_computed)
             if draft.budget <= 0 or len(draft.rows) >= self._max_num_seqs:
                 break
             count = min(sequence.num_tokens - sequence.num_computed, draft.budget)
             if self._grow(draft, sequence, count):
                 draft.put(sequence, count)
 
-    def _bound(self, draft: Draft, start: int) -> None:
-        """Before the first prefill: bound it by what the decodes of the step can bear."""
+    def _bound(self, draft: Draft, first: Sequence, start: int) -> None:
+        """Before the first prefill: bound the step's by what its decodes can bear."""
         if draft.bounded or not self._budget.learned:
             return
         draft.bounded = True
         decodes = context = held = 0
         classes: set[RequestClass] = set()
-        for sequence, first, length, _ in draft.rows.values():
+        for sequence, at, length, _ in draft.rows.values():
             if length == 1:
                 decodes += 1
-                context += first + 1
+                context += at + 1
                 classes.add(sequence.account[1])
             else:
                 held += length
-        allowed = self._budget.allow(decodes, context, classes, start)
+        allowed = self._budget.allow(decodes, context, classes, start, first.account[1])
         draft.budget = min(draft.budget, allowed - held)
 
     def _held_back(self, behind: Collection[Sequence]) -> set[Sequence]:
@@ -268,7 +268,7 @@ class Planner:
         entering = len(self._running) + self.num_loading
         full = entering >= self._max_num_seqs or len(draft.rows) >= self._max_num_seqs
         if not full:
-            self._bound(draft, 0)
+            self._bound(draft, sequence, 0)
         ahead = full or (draft.budget <= 0 and not reserved)
         if ahead and not (sequence.num_swapped and entering <= self._max_num_seqs):
             return False

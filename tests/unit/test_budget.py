@@ -13,6 +13,7 @@ from instance.budget import (
     MIN_CHUNK,
     SLOWEST,
     STRETCH,
+    STRETCH_FOR_LESS_URGENT,
     StepCostLearner,
     StepCosts,
     StepShape,
@@ -23,6 +24,7 @@ from instance.request import Request, RequestClass, Row, SamplingParams, Sequenc
 
 COSTS = StepCosts(0.01, 5e-4, 1e-7, 1e-3, 1e-6)
 STANDARD = {RequestClass.STANDARD}
+PROMPT = RequestClass.STANDARD
 
 
 def shape(rng: random.Random) -> StepShape:
@@ -158,11 +160,11 @@ def test_nothing_is_bounded_before_prefill_was_measured() -> None:
     for _ in range(20):
         budget.observe(step(0, 4, 100), 0.01)
     assert not budget.learned
-    assert budget.allow(4, 400, STANDARD, 0) == 508
+    assert budget.allow(4, 400, STANDARD, 0, PROMPT) == 508
 
 
 def test_without_decodes_the_whole_budget_is_there() -> None:
-    assert taught(COSTS).allow(0, 0, set(), 1000) == 512
+    assert taught(COSTS).allow(0, 0, set(), 1000, PROMPT) == 512
 
 
 @settings(max_examples=60, deadline=None)
@@ -177,7 +179,7 @@ def test_a_step_stays_inside_the_target(
 ) -> None:
     budget = TokenBudget(512, (0.0, target))
     budget.learner = LEARNER
-    allowed = budget.allow(decodes, decodes * context, STANDARD, start)
+    allowed = budget.allow(decodes, decodes * context, STANDARD, start, PROMPT)
     most = 512 - decodes
     assert min(MIN_CHUNK, most) <= allowed <= most
     alone = COSTS.seconds(StepShape(0, 0, decodes, decodes * context))
@@ -200,7 +202,7 @@ def test_where_steps_vary_their_slowest_percentile_is_bounded(seed: int, noise: 
     assert budget.stretch == STRETCH
     slow = steps = 0
     for number in range(200):
-        allowed = budget.allow(8, 8000, STANDARD, 0) if number % 5 else 0
+        allowed = budget.allow(8, 8000, STANDARD, 0, PROMPT) if number % 5 else 0
         one = StepShape(allowed, attended(0, allowed), 8, 8000)
         off = rng.expovariate(1.0) * rng.choice((-noise, noise)) / 2
         seconds = COSTS.seconds(one) * max(0.1, 1.0 + off)
@@ -215,19 +217,49 @@ def test_where_steps_vary_their_slowest_percentile_is_bounded(seed: int, noise: 
 def test_a_calm_machine_gives_prefill_more_than_one_whose_steps_vary() -> None:
     calm, rough = taught(COSTS), taught(COSTS, noise=0.3)
     assert rough.stretch < calm.stretch == STRETCH
-    assert MIN_CHUNK < rough.allow(8, 8000, STANDARD, 0) < calm.allow(8, 8000, STANDARD, 0)
+    given_rough, given_calm = (one.allow(8, 8000, STANDARD, 0, PROMPT) for one in (rough, calm))
+    assert MIN_CHUNK < given_rough < given_calm
 
 
 def test_the_tightest_class_of_the_batch_counts() -> None:
     budget = taught(COSTS, targets=(0.05, 0.15, math.inf))
     interactive, standard, batch = (
-        budget.allow(4, 400, {one}, 0)
+        budget.allow(4, 400, {one}, 0, PROMPT)
         for one in (RequestClass.INTERACTIVE, RequestClass.STANDARD, RequestClass.BATCH)
     )
     assert interactive < standard < batch == 508
-    assert budget.allow(4, 400, set(RequestClass), 0) == interactive == budget.prefill
+    assert budget.allow(4, 400, set(RequestClass), 0, PROMPT) == interactive == budget.prefill
     assert budget.beside(4) == interactive
     assert budget.beside(512) == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    decodes=st.sets(st.sampled_from(RequestClass), min_size=1),
+    prompt=st.sampled_from(RequestClass),
+    rows=st.integers(1, 64),
+    context=st.integers(1, 4000),
+)
+def test_prompts_of_a_less_urgent_class_stretch_steps_less(
+    decodes: set[RequestClass], prompt: RequestClass, rows: int, context: int
+) -> None:
+    budget = TokenBudget(4096)
+    budget.learner = LEARNER
+    allowed = budget.allow(rows, rows * context, decodes, 0, prompt)
+    alike = budget.allow(rows, rows * context, {prompt}, 0, prompt)
+    if min(decodes) >= prompt:
+        assert allowed == alike
+        return
+    alone = COSTS.seconds(StepShape(0, 0, rows, rows * context))
+    whole = COSTS.seconds(StepShape(allowed, attended(0, allowed), rows, rows * context))
+    assert MIN_CHUNK <= allowed <= alike
+    assert allowed == MIN_CHUNK or whole <= 1.1 * STRETCH_FOR_LESS_URGENT * alone
+
+
+def test_a_target_that_is_set_holds_whatever_the_class_of_the_prompt() -> None:
+    budget = taught(COSTS, targets=(0.05, 0.15, math.inf))
+    asked = {budget.allow(4, 400, {RequestClass.INTERACTIVE}, 0, one) for one in RequestClass}
+    assert len(asked) == 1
 
 
 def test_of_steps_that_only_decode_the_first_is_learned_from() -> None:
