@@ -79,6 +79,8 @@ class Binding:
         if account[1] == RequestClass.INTERACTIVE:
             slack = np.where(slack < 0, slack, slack + candidates.headroom)
         open_now = (slack > tokens) | (candidates.backlog < most)
+        if account[1] != RequestClass.INTERACTIVE and open_now.all():
+            return candidates
         if not open_now.any():
             if not self._may_preempt_somewhere(account):
                 return None

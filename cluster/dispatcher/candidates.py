@@ -21,7 +21,7 @@ class Candidates(Sequence[LoadView]):
     """Instances that a policy may choose from, as views and as columns in the same order.
 
     Attributes:
-        rows: [n] their rows in the table.
+        rows: [n] their rows in the table, ascending.
         cached: [n] leading blocks of the prompt that each holds already.
     """
 
@@ -59,7 +59,7 @@ class Candidates(Sequence[LoadView]):
     def missing_on(self, name: str, num_tokens: int) -> int:
         """Tokens of a prompt of ``num_tokens`` that must be computed on one of them."""
         row = self._table.rows[name]
-        cached = int(self.cached[int(np.flatnonzero(self.rows == row)[0])])
+        cached = int(self.cached[self.rows.searchsorted(row)])
         return max(1, num_tokens - cached * self._table.load(row).info.model.block_size)
 
     def where(self, keep: Bools) -> Candidates:
@@ -97,8 +97,7 @@ class Candidates(Sequence[LoadView]):
         instance look the fuller, whose KV is given back the sooner.
         """
         table = self._table
-        half = len(self.rows) // 2
-        seconds = float(np.partition(table.block_seconds[self.rows], half)[half])
+        seconds = table.usual_block_seconds(self.rows)
         return memory_seconds(self.freeness, seconds, table.total[self.rows])
 
     @property
@@ -112,9 +111,15 @@ class Candidates(Sequence[LoadView]):
         return self._table.block_size[self.rows] * self._token_seconds
 
     @property
-    def _token_seconds(self) -> Floats:
-        """[n] seconds that a position of a prompt takes: the cluster's figure, by speed."""
-        return self._table.prompt_pace() / self._table.speed()[self.rows]
+    def _token_seconds(self) -> Floats | float:
+        """[n] seconds that a position of a prompt takes: the cluster's figure, by speed; one
+        number where they do not differ."""
+        table = self._table
+        return (
+            table.prompt_pace()
+            if table.uniform
+            else (table.prompt_pace() / table.speed()[self.rows])
+        )
 
     @property
     def occupancy(self) -> Floats:

@@ -91,8 +91,9 @@ class _Staying(NamedTuple):
     def without(self, sequence: SequenceLoad) -> _Staying:
         """The sums once a running sequence has left."""
         interactive = sequence.request_class == RequestClass.INTERACTIVE
-        return self._replace(
-            running=self.running - 1,
+        return _Staying(
+            self.running - 1,
+            self.waiting,
             backlog=self.backlog - (sequence.uncomputed if sequence.uncomputed > 1 else 0),
             interactive=self.interactive - interactive,
             interactive_blocks=self.interactive_blocks - interactive * sequence.blocks,
@@ -391,13 +392,16 @@ class InstanceLoad:
         report, charged = self.report, self._charged
         total = self.info.total_blocks if report is None else report.total_blocks
         free = total if report is None else report.free_blocks
-        free -= charged.blocks
         staying = self._staying or self._sum_staying()
-        # What the instance has reserved for arrivals it has taken out of `free` itself.
-        reserved = 0 if report is None else report.reserved_blocks
-        arriving = [s for s in self._arriving.values() if s.request_id not in self._by_id]
-        free += staying.freed - max(0, sum(s.blocks for s in arriving) - reserved)
-        urgent = [s.blocks for s in arriving if s.request_class == RequestClass.INTERACTIVE]
+        free += staying.freed - charged.blocks
+        arriving: list[SequenceLoad] = []
+        urgent: list[int] = []
+        if self._arriving:
+            # What the instance has reserved for arrivals it has taken out of `free` itself.
+            reserved = 0 if report is None else report.reserved_blocks
+            arriving = [s for s in self._arriving.values() if s.request_id not in self._by_id]
+            free -= max(0, sum(s.blocks for s in arriving) - reserved)
+            urgent = [s.blocks for s in arriving if s.request_class == RequestClass.INTERACTIVE]
         return LoadView(
             info=self.info,
             state=state,

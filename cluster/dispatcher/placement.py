@@ -42,8 +42,9 @@ def freeness(request: PlaceRequest, candidates: Candidates, rng: Uniform) -> Loa
     where it must compute blocks of its prompt that another instance holds.
     """
     lost = candidates.memory_seconds + candidates.prompt_seconds
-    if candidates.cached.any():
-        missing = candidates.cached.max() - candidates.cached
+    longest = np.maximum.reduce(candidates.cached)
+    if longest:
+        missing = longest - candidates.cached
         lost = lost + missing * candidates.block_prompt_seconds
     return candidates.best(-lost)
 

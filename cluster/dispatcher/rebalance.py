@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from cluster.dispatcher.links import LinkRates
 from cluster.dispatcher.predicted import lost_seconds
@@ -118,8 +118,7 @@ def suits(view: LoadView, sequence: SequenceLoad) -> bool:
 def without(view: LoadView, sequence: SequenceLoad, position: int | None) -> LoadView:
     """The load once ``sequence`` has gone; ``position`` is its place among the waiting."""
     if position is None:
-        return replace(
-            view,
+        return view._replace(
             free=view.free + sequence.blocks,
             running=view.running - 1,
             interactive=view.interactive - _is_interactive(sequence),
@@ -127,13 +126,12 @@ def without(view: LoadView, sequence: SequenceLoad, position: int | None) -> Loa
             - _is_interactive(sequence) * sequence.blocks,
         )
     waiting = view.waiting[:position] + view.waiting[position + 1 :]
-    return replace(view, waiting=waiting)
+    return view._replace(waiting=waiting)
 
 
 def with_arrival(view: LoadView, sequence: SequenceLoad) -> LoadView:
     """The load once ``sequence`` has arrived; a waiting one would start to run."""
-    return replace(
-        view,
+    return view._replace(
         free=view.free - sequence.blocks,
         running=view.running + 1,
         interactive=view.interactive + _is_interactive(sequence),

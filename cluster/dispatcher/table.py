@@ -63,7 +63,7 @@ class LoadTable:
         self.config = config
         self._book = book
         self.rows: dict[str, int] = {}
-        self._facts: dict[int, tuple[bool, bool, bool, int, int]] = {}
+        self._facts: dict[int, tuple[bool, bool, bool, int, int, int]] = {}
         self._loads: list[InstanceLoad | None] = []
         self._vacant: list[int] = []
         self._models: dict[str, int] = {}
@@ -90,6 +90,8 @@ class LoadTable:
         self._speed: Floats | None = None
         self._uniform = True
         self._prompt_pace = 0.0
+        # Of the instances last asked for: their rows, and the duration.
+        self._usual: tuple[NDArray[np.intp], float] | None = None
         self._open: _Open | None = None
         self._states: NDArray[np.int8] | None = None
         self._states_until = -math.inf
@@ -157,24 +159,28 @@ class LoadTable:
         view = load.view(now, self.config)
         model = view.info.model
         number = self._models.setdefault(model.name, len(self._models))
-        facts = not load.left, load.drains, view.role is not Role.DECODE, number, view.total
+        size = model.block_size
+        facts = not load.left, load.drains, view.role is not Role.DECODE, number, view.total, size
         if facts != self._facts.get(row) or now - self.heard[row] > self.config.suspect_after:
             self._facts[row] = facts
             self._open = self._states = None
-            self.alive[row], self.draining[row], self.prompts[row], self.model[row], _ = facts
-            self.capacity[row] = view.total * model.block_size
+            self.alive[row], self.draining[row], self.prompts[row], self.model[row], *_ = facts
+            self.total[row], self.block_size[row] = view.total, size
+            self.capacity[row] = view.total * size
         self.heard[row] = load.heard
         self.freeness[row] = view.placement_freeness()
         self.occupancy[row] = view.occupancy
-        self.total[row] = view.total
-        self.block_size[row] = model.block_size
-        self.block_seconds[row] = block_seconds(view)
+        seconds = block_seconds(view)
+        if seconds != self.block_seconds[row]:
+            self.block_seconds[row] = seconds
+            self._usual = None
         self.prompts_ahead[row] = view.backlog
         self.requests[row] = view.num_requests
         self.turn[row] = view.last_placed
         self.slack[row], self.backlog[row] = load.room(view)
-        self.headroom[row] = view.headroom * model.block_size
-        self.shared_room[row] = view.shared_room * model.block_size
+        if view.reserve:
+            self.headroom[row] = view.headroom * size
+            self.shared_room[row] = view.shared_room * size
         if self._speeds.observe(row, view.costs):
             self._speed = None
 
@@ -233,8 +239,8 @@ class LoadTable:
         if not len(usable):
             return None
         return (
-            int((self.slack + self.headroom)[usable].max()),
-            int(self.backlog[usable].min()),
+            int(np.maximum.reduce((self.slack + self.headroom)[usable])),
+            int(np.minimum.reduce(self.backlog[usable])),
         )
 
     def usable(self, silent: Floats) -> Bools:
@@ -250,6 +256,14 @@ class LoadTable:
             self._uniform = not found
             self._prompt_pace = self._speeds.prompt_pace()
         return self._speed
+
+    def usual_block_seconds(self, rows: NDArray[np.intp]) -> float:
+        """Seconds in which a sequence fills a block on the median instance of those in
+        ``rows``, which may not change afterwards."""
+        if self._usual is None or self._usual[0] is not rows:
+            half = len(rows) // 2
+            self._usual = rows, float(np.partition(self.block_seconds[rows], half)[half])
+        return self._usual[1]
 
     def prompt_pace(self) -> float:
         """Seconds that a position of a prompt takes on the median instance."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -45,8 +44,7 @@ class Reported(NamedTuple):
 _NO_REPORT = Reported(0, 0, (), 0)
 
 
-@dataclass(frozen=True, slots=True)
-class LoadView:
+class LoadView(NamedTuple):
     """One instance's load at one instant: what policies decide by.
 
     Attributes:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,11 +10,13 @@ from cluster.dispatcher.core import Dispatcher
 from cluster.dispatcher.events import Joined, PlaceRequested, Reported
 from cluster.dispatcher.load import LoadConfig
 from cluster.dispatcher.members import Members
+from cluster.dispatcher.predicted import block_seconds
 from cluster.dispatcher.table import STATES
 from cluster.dispatcher.views import InstanceState
 from instance.budget import StepCosts
 from instance.load import LoadReport, SequenceLoad
-from tests.unit.dispatching import ask, dispatcher, info, placed, report, sequence
+from instance.request import RequestClass
+from tests.unit.dispatching import MODEL, ask, dispatcher, info, placed, report, sequence
 
 COSTS = StepCosts(0.024, 2e-4, 1e-8, 1e-4, 2.4e-6)
 
@@ -62,6 +65,63 @@ def test_states_and_their_version_follow_every_load(
         changed = any(after[one] is not state for one, state in before.items())
         assert (members.version > version) == (changed or kind == "join")
         before, version = found, members.version
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["join", "report", "leave", "forget", "charge"]),
+            st.integers(0, 3),
+            st.sampled_from([0.0, 0.01, 0.03, 0.2]),
+            st.sampled_from([8, 16]),
+        ),
+        max_size=30,
+    ),
+    st.sampled_from([0, 50]),
+)
+def test_columns_say_what_the_views_say(
+    events: list[tuple[str, int, float, int]], reserve: int
+) -> None:
+    config = LoadConfig(headroom_blocks=reserve)
+    members = Members(config, 1)
+    now = 0.0
+    for number, (kind, which, seconds, size) in enumerate(events):
+        now += 0.1
+        name = f"i{which}"
+        known = name in members.loads
+        urgent = RequestClass.INTERACTIVE if size == 8 else RequestClass.STANDARD
+        held = sequence(f"s{number}", 10 + number, request_class=urgent)
+        if kind == "join":
+            model = dataclasses.replace(MODEL, block_size=size)
+            members.join(dataclasses.replace(info(name, f"a{number}"), model=model), now)
+        elif known and kind == "report":
+            life = members.loads[name].info.incarnation
+            told = report(name, number, (held,), incarnation=life)
+            members.report(dataclasses.replace(told, step_seconds=seconds), now)
+        elif known and kind == "leave":
+            members.leave(name, members.loads[name].info.incarnation)
+        elif known and kind == "charge":
+            members.loads[name].charge(held, now)
+        elif kind == "forget":
+            now += config.forget_after + 1.0
+            members.expire(now)
+        found = members.candidates(ask("r"), now)
+        if found is None:
+            continue
+        table, views = members.table, list(found)
+        sizes = [one.info.model.block_size for one in views]
+        headroom = [one.headroom * size for one, size in zip(views, sizes, strict=True)]
+        shared = [one.shared_room * size for one, size in zip(views, sizes, strict=True)]
+        assert table.block_size[found.rows].tolist() == sizes
+        assert table.total[found.rows].tolist() == [one.total for one in views]
+        assert table.occupancy[found.rows].tolist() == [one.occupancy for one in views]
+        assert table.headroom[found.rows].tolist() == headroom
+        assert table.shared_room[found.rows].tolist() == shared
+        seconds_each = sorted(block_seconds(one) for one in views)
+        assert table.usual_block_seconds(found.rows) == seconds_each[len(views) // 2]
+        found.cached = np.arange(len(views))
+        for at, one in enumerate(views):
+            assert found.missing_on(one.instance_id, 100) == max(1, 100 - at * sizes[at])
 
 
 def loaded(*reports: LoadReport) -> Dispatcher:

@@ -273,9 +273,7 @@ def test_few_migrations_at_a_time_per_instance() -> None:
     core = ready({"i0": held, "i1": (), "i2": ()}, rebalance=RebalanceConfig(max_per_instance=2))
     views = {view.instance_id: view for view in core.members.views(1.0)}
     plan = core.migrations._round(views, list(views), 16, 1.0)
-    plan.views["i0"] = dataclasses.replace(
-        plan.views["i0"], state=type(plan.views["i0"].state).DRAINING
-    )
+    plan.views["i0"] = plan.views["i0"]._replace(state=type(plan.views["i0"].state).DRAINING)
     plan_drain(plan, set())
     plan_handoff(plan)
     assert len(plan.moves) == 2

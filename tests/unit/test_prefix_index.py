@@ -271,7 +271,7 @@ def test_a_prefix_is_followed_until_the_queue_costs_more_than_it_saves() -> None
             delta = PrefixDelta(0, 1, many_keys(40) if name == "i0" else b"", b"")
             told = told_report(name, 1, delta)
             if name == "i0":
-                first = dataclasses.replace(sequence("first"), uncomputed=ahead)
+                first = sequence("first")._replace(uncomputed=ahead)
                 told = dataclasses.replace(told, sequences=(first,))
             core.handle(Reported(told), 0.0)
         # 640 of 800 tokens are there.

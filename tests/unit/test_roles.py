@@ -46,7 +46,7 @@ def view(name: str, role: Role, rows: int = 0, backlog: int = 0) -> LoadView:
     load = InstanceLoad(info(name, blocks=BLOCKS), 0.0)
     held = tuple(sequence(f"{name}.{n}", 2) for n in range(rows))
     load.accept(report(name, 1, held, blocks=BLOCKS, costs=COSTS), 0.0)
-    return replace(load.view(0.0, LoadConfig()), role=role, backlog=backlog)
+    return load.view(0.0, LoadConfig())._replace(role=role, backlog=backlog)
 
 
 def cluster(prompts: int, others: int, rows: int = 0) -> list[LoadView]:
@@ -123,7 +123,7 @@ def test_long_outputs_bring_instances_for_them() -> None:
     assert found is not None
     assert found[1] is Role.DECODE
     # Of those for prompts the one with least to do.
-    busy = [replace(one, backlog=500 * (n != 2)) for n, one in enumerate(views)]
+    busy = [one._replace(backlog=500 * (n != 2)) for n, one in enumerate(views)]
     roles = following(busy, 2.0, 100)
     assert roles.update(busy, 0, nobody, 30.0) == ("instance-2", Role.DECODE)
 
@@ -165,7 +165,7 @@ def test_only_ready_instances_with_a_role_change_and_both_kinds_remain(
     roles, states, rows, tokens, held
 ) -> None:
     views = [
-        replace(view(f"instance-{n}", role, rows), state=states[n]) for n, role in enumerate(roles)
+        view(f"instance-{n}", role, rows)._replace(state=states[n]) for n, role in enumerate(roles)
     ]
     policy = Roles(CONFIG, lambda kind, reason, number: None)
     policy.update(views, 0, nobody, 0.0)

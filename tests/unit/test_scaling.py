@@ -36,7 +36,7 @@ def view(name: str, requests: int, role: Role = Role.MIXED, state=InstanceState.
     load = InstanceLoad(info(name, blocks=BLOCKS), 0.0)
     held = tuple(sequence(f"{name}.{n}", 10) for n in range(requests))
     load.accept(report(name, 1, held, blocks=BLOCKS), 0.0)
-    return replace(load.view(0.0, LoadConfig()), role=role, state=state)
+    return load.view(0.0, LoadConfig())._replace(role=role, state=state)
 
 
 @dataclass
