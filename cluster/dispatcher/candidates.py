@@ -111,15 +111,12 @@ class Candidates(Sequence[LoadView]):
         return self._table.block_size[self.rows] * self._token_seconds
 
     @property
-    def _token_seconds(self) -> Floats | float:
+    def _token_seconds(self) -> Floats | np.float64:
         """[n] seconds that a position of a prompt takes: the cluster's figure, by speed; one
         number where they do not differ."""
         table = self._table
-        return (
-            table.prompt_pace()
-            if table.uniform
-            else (table.prompt_pace() / table.speed()[self.rows])
-        )
+        pace = np.float64(table.prompt_pace())
+        return pace if table.uniform else pace / table.speed()[self.rows]
 
     @property
     def occupancy(self) -> Floats:
