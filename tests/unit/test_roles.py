@@ -35,8 +35,10 @@ demands = st.builds(
     rate=st.floats(0.0, 50.0),
     mean=st.floats(0.0, 2.0),
     square=st.floats(0.0, 4.0),
+    long=st.floats(0.0, 5.0),
     backlog=st.floats(0.0, 100.0),
-    rows=st.integers(0, 500),
+    step=st.floats(0.001, 0.1),
+    rows=st.floats(0.0, 5.0),
     context=st.integers(0, 100_000),
     tokens=st.integers(1, 100_000),
 )
@@ -46,7 +48,8 @@ def view(name: str, role: Role, rows: int = 0, backlog: int = 0) -> LoadView:
     load = InstanceLoad(info(name, blocks=BLOCKS), 0.0)
     held = tuple(sequence(f"{name}.{n}", 2) for n in range(rows))
     load.accept(report(name, 1, held, blocks=BLOCKS, costs=COSTS), 0.0)
-    return load.view(0.0, LoadConfig())._replace(role=role, backlog=backlog)
+    step = COSTS.base + rows * COSTS.decode
+    return load.view(0.0, LoadConfig())._replace(role=role, backlog=backlog, step_seconds=step)
 
 
 def cluster(prompts: int, others: int, rows: int = 0) -> list[LoadView]:
@@ -84,7 +87,7 @@ def following(views: list[LoadView], per_second: float, tokens: int, **more) -> 
 def test_more_instances_never_make_a_time_longer(demand: Demand, count: int) -> None:
     for seconds in (
         lambda n: first_token_seconds(demand, n, 20.0),
-        lambda n: output_token_seconds(demand, n, COSTS),
+        lambda n: output_token_seconds(demand, n),
     ):
         assert seconds(count + 1) <= seconds(count) * (1 + 1e-12)
 
@@ -92,14 +95,30 @@ def test_more_instances_never_make_a_time_longer(demand: Demand, count: int) -> 
 @given(demands, st.integers(2, 10))
 def test_the_worse_share_is_one_of_the_two(demand: Demand, number: int) -> None:
     for prompts in range(1, number):
-        share = worse_share(demand, prompts, number - prompts, COSTS, CONFIG)
-        assert share >= first_token_seconds(demand, prompts, CONFIG.window) / CONFIG.ttft
-        assert share >= output_token_seconds(demand, number - prompts, COSTS) / CONFIG.tpot
+        share = worse_share(demand, prompts, number - prompts, CONFIG)
+        first = first_token_seconds(demand, prompts, CONFIG.window) / CONFIG.ttft
+        further = output_token_seconds(demand, number - prompts) / CONFIG.tpot
+        assert share >= max(first, further)
+        if 2 * demand.context <= (number - prompts) * demand.tokens:
+            assert share == max(first, further)
+
+
+def test_what_has_no_memory_elsewhere_is_decoded_beside_prompts() -> None:
+    # Ten rows on an instance: 0.03 s a step. Twice as many as one has memory for.
+    demand = Demand(4.0, 0.25, 0.0625, 0.25, 0.0, 0.02, 0.02, 20_000, 10_000)
+    assert output_token_seconds(demand, 1) == output_token_seconds(demand, 2) == 0.03
+    # With three for prompts each is busy for a third of the time, and steps take 0.1 s then.
+    alone = worse_share(replace(demand, context=9_000, rows=0.01), 3, 1, CONFIG)
+    assert alone == pytest.approx(first_token_seconds(demand, 3, CONFIG.window))
+    assert worse_share(demand, 3, 1, CONFIG) == pytest.approx((1 + 2 * 0.3) / 3)
+    # Where none has memory left, it takes longer.
+    short = replace(demand, context=72_000, rows=0.072)
+    assert worse_share(short, 3, 1, CONFIG) == pytest.approx(2.0 * (1 + 2 * 0.3) / 3)
 
 
 def test_a_queue_of_one_server_is_predicted_as_in_the_books() -> None:
     # Prompts of 0.1 s that come 5 times a second: half of them wait, those 0.1 s on average.
-    demand = Demand(5.0, 0.1, 0.01, 0.0, 0, 0, 1)
+    demand = Demand(5.0, 0.1, 0.01, 0.1, 0.0, 0.02, 0.0, 0, 1)
     tenth = 0.1 * math.log(0.5 / 0.1)
     assert first_token_seconds(demand, 1, 20.0) == pytest.approx(0.1 + tenth)
     # What has piled up is there whatever was expected.
@@ -128,11 +147,35 @@ def test_long_outputs_bring_instances_for_them() -> None:
     assert roles.update(busy, 0, nobody, 30.0) == ("instance-2", Role.DECODE)
 
 
-def test_what_waits_in_the_dispatcher_counts() -> None:
+def test_what_waits_in_the_dispatcher_counts_if_it_stays() -> None:
     views = cluster(1, 3, rows=2)
     roles = following(views, 0.1, 100)
     assert roles.update(views, 0, nobody, 30.0) is None
-    assert roles.update(views, 100_000, nobody, 31.0) is not None
+    # What came at once may go at once.
+    assert roles.update(views, 100_000, nobody, 31.0) is None
+    assert roles.update(views, 100_000, nobody, 34.0) is None
+    assert roles.update(views, 100_000, nobody, 34.5) == ("instance-1", Role.PREFILL)
+
+
+def test_nothing_changes_while_both_times_are_well_within_what_is_wanted() -> None:
+    # A quarter of a second of prompts each second: with one instance for them, better is easy.
+    views = cluster(1, 3, rows=2)
+    roles = following(views, 1.25, 1000)
+    assert roles.update(views, 0, nobody, 24.0) is None
+    slower = Roles(replace(CONFIG, ttft=0.4), lambda kind, reason, number: None)
+    vars(slower).update({**vars(roles), "config": slower.config})
+    assert slower.update(views, 0, nobody, 24.0) == ("instance-1", Role.PREFILL)
+
+
+def test_nothing_changes_before_enough_was_seen() -> None:
+    views = cluster(1, 3, rows=2)
+    roles = Roles(CONFIG, lambda kind, reason, number: None)
+    seen = []
+    for tenth in range(150):
+        seen.append(roles.update(views, 0, nobody, tenth / 10))
+        roles.placed(2000)
+    first = next(at for at, found in enumerate(seen) if found is not None)
+    assert first / 10 == CONFIG.window / 2
 
 
 def test_changes_come_one_at_a_time_and_not_for_little() -> None:
@@ -200,7 +243,7 @@ def test_the_dispatcher_changes_roles_but_not_those_that_an_operator_set() -> No
     core.handle(RoleRequested(names[1], Role.DECODE), 0.0)
     core.handle(Tick(), 0.0)
     changed = []
-    for step in range(1, 80):
+    for step in range(1, 160):
         now = step / 10
         core.handle(PlaceRequested(ask(f"r{step}", tokens=2000)), now)
         core.handle(Reported(report(names[step % 4], step + 1, costs=COSTS)), now)
