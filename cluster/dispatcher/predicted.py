@@ -12,7 +12,7 @@ Prompts: those that are there already are computed first.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,17 +45,21 @@ def memory_seconds(freeness: Number, seconds: float | Number, total: float | Num
 
     Args:
         freeness: Free KV blocks per request, or, where demand exceeds memory, the blocks
-            that are short, below 0.
+            that are short, below 0; of one instance or more.
         seconds: In which a decoding sequence fills a block.
         total: KV blocks of the instance.
 
     Returns:
         Falls as freeness rises, everywhere.
     """
-    # Of plain numbers Python's own tells the same, sooner.
-    largest: Any = max if isinstance(freeness, float) else np.maximum
-    left, short = largest(freeness * seconds, 0.0), largest(-freeness, 0.0)
-    lost: Number = EXPOSURE / (NEAR + left) + RELEASE * short / largest(total, 1)
+    lost: Number
+    least = freeness if isinstance(freeness, float) else np.minimum.reduce(freeness)
+    if least >= 0.0:  # as nearly always: nothing is short
+        lost = EXPOSURE / (NEAR + freeness * seconds)
+        return lost
+    left = np.maximum(freeness * seconds, 0.0)
+    short = np.maximum(-freeness, 0.0)
+    lost = EXPOSURE / (NEAR + left) + RELEASE * short / np.maximum(total, 1)
     return lost
 
 

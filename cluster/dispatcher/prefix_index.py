@@ -84,13 +84,15 @@ class PrefixIndex:
         depths = np.zeros(size, np.int64)
         holding = -1
         depth = 0
+        holders = self._holders.get
         for key in keys_of(prompt):
-            still = holding & self._holders.get(key, 0)
-            if still != holding and depth:
-                _mark(depths, holding & ~still, depth)
-            holding = still
-            if not holding:
-                break
+            still = holding & holders(key, 0)
+            if still != holding:
+                if depth:
+                    _mark(depths, holding & ~still, depth)
+                holding = still
+                if not holding:
+                    break
             depth += 1
         if holding > 0:
             _mark(depths, holding, depth)

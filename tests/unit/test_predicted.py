@@ -1,5 +1,6 @@
 """Load in predicted time: what requests lose by memory and by the steps of others."""
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,6 +31,8 @@ def test_more_freeness_never_loses_more(freeness: list[float], seconds: float, t
     lost = [memory_seconds(one, seconds, total) for one in sorted(freeness)]
     assert lost == sorted(lost, reverse=True)
     assert lost[-1] > 0
+    columns = memory_seconds(np.array(sorted(freeness)), seconds, np.full(len(freeness), total))
+    assert columns.tolist() == lost
 
 
 @given(
