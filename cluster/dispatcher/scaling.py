@@ -159,10 +159,12 @@ class Scaler:
 
     def _failed(self, instance_id: str, why: str, now: float) -> None:
         self._failure = _Failure(instance_id, why, now)
+        self._count("scaling", "failed", 1)
+        if now < self._not_before:
+            return  # another of those that were ordered together
         retry = min(self.config.first_retry * 2 ** min(self._failures, 16), self.config.last_retry)
         self._failures += 1
         self._not_before = now + retry
-        self._count("scaling", "failed", 1)
 
     def update(
         self,
@@ -230,8 +232,10 @@ class Scaler:
         lasting = now - self._outside[1] >= self.config.period
         if not lasting or starting or now - self._changed < self.config.cooldown:
             return
-        if side < 0 and number < self.config.max_instances:
-            self._more(present, staying, taken, now)
+        if side < 0:
+            short = 1 if self._failures else shortage(staying, demand, self.config.low)
+            for _ in range(min(short, self.config.max_instances - number)):
+                self._more(present, staying, taken, now)
         elif side > 0 and number > self.config.min_instances:
             self._fewer(present, staying, now, demand)
 
@@ -295,6 +299,25 @@ def cluster_freeness(views: Sequence[LoadView], demand: int = 0, requests: int =
     slack = sum(view.free - view.headroom - sum(view.waiting) for view in views) - demand
     batch = sum(view.num_requests for view in views) + requests
     return slack / max(1, batch) if slack > 0 else float(slack)
+
+
+def shortage(views: Sequence[LoadView], demand: int, low: float) -> int:
+    """Instances that must be added for the freeness of the cluster to reach ``low``; at least 1.
+
+    They are taken to be as large as the mean of those there are. Requests that are held wait
+    longer for one start after the other than for several at once.
+
+    Args:
+        views: Instances that take requests.
+        demand: Further KV blocks wanted.
+        low: Freeness, in KV blocks per request.
+    """
+    if not views:
+        return 1
+    slack = sum(view.free - view.headroom - sum(view.waiting) for view in views) - demand
+    batch = max(1, sum(view.num_requests for view in views))
+    size = sum(view.total for view in views) / len(views)
+    return max(1, math.ceil((low * batch - slack) / max(1.0, size)))
 
 
 def _dispensable(view: LoadView, staying: Sequence[LoadView]) -> bool:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster import tables
-from cluster.config import ServeConfig, role_count
+from cluster.config import ServeConfig
 from cluster.dispatcher.events import Joined, Reported, ScalingEnded, Tick
 from cluster.dispatcher.load import InstanceLoad, LoadConfig
 from cluster.dispatcher.scaling import (
@@ -20,9 +20,11 @@ from cluster.dispatcher.scaling import (
     Scaler,
     ScalingConfig,
     cluster_freeness,
+    shortage,
 )
 from cluster.dispatcher.views import InstanceState, LoadView
 from cluster.flags import ConfigError
+from cluster.values import role_count
 from instance.load import Role
 from tests.unit.dispatching import dispatcher, info, report, sequence
 
@@ -96,11 +98,36 @@ def test_an_idle_instance_beside_full_ones_is_not_averaged_away() -> None:
     assert cluster_freeness([idle], demand=BLOCKS + 5) == -5
 
 
+@given(
+    loads=st.lists(st.integers(0, 20), min_size=1, max_size=5),
+    demand=st.integers(0, 2000),
+    low=st.integers(0, 60),
+)
+def test_what_is_missing_is_added_and_no_more(loads, demand, low) -> None:
+    views = [view(f"instance-{n}", load) for n, load in enumerate(loads)]
+    count = shortage(views, demand, low)
+
+    def reaches(more: int) -> bool:
+        slack = sum(one.free for one in views) + more * BLOCKS - demand
+        return slack >= low * max(1, sum(loads))
+
+    assert reaches(count)
+    assert count == 1 or not reaches(count - 1)
+
+
+def test_a_large_shortage_brings_several_at_once() -> None:
+    world = fleet(2, load=80)
+    while len(world.names) == 2:
+        world.step()
+    # 80 requests of 10 blocks, and 10 blocks free for each: 1,600 blocks, and 6 at most.
+    assert len(world.names) == 6
+
+
 # ---- what operators see
 
 
 def test_failures_are_described_until_a_start_succeeds() -> None:
-    world = fleet(1, load=30, works=False)
+    world = fleet(1, load=15, works=False)
     assert world.scaler.describe(0.0)["failure"] is None
     while not (told := world.scaler.describe(world.now))["failure"]:
         assert world.now < 60
@@ -130,7 +157,7 @@ def test_what_is_under_way_is_described() -> None:
     told = world.scaler.describe(world.now)
     assert (told["leaving"], told["starting"]) == (["instance-1"], {})
     assert "instance-1 is being emptied, then stopped" in tables.status({"scaling": told})
-    slow = fleet(1, load=30)
+    slow = fleet(1, load=15)
     for _ in range(3):
         slow.scaler.update(slow.views(), {}, 0, slow.names.__contains__, slow.now)
         slow.now += 1.0
@@ -221,7 +248,10 @@ def test_a_start_that_fails_is_tried_again_ever_more_seldom() -> None:
     for _ in range(200):
         world.step()
     assert count["failed"] == len(tried)
-    gaps = [b - a for a, b in itertools.pairwise(tried)]
+    gaps = [b - a for a, b in itertools.pairwise(dict.fromkeys(tried))]
+    # All that are missing at first, then one at a time.
+    assert tried.count(tried[0]) == 5
+    assert len(gaps) == len(tried) - 5
     assert gaps == sorted(gaps)
     assert gaps[0] >= 5.0
     assert gaps[-1] == 40.0
@@ -229,7 +259,7 @@ def test_a_start_that_fails_is_tried_again_ever_more_seldom() -> None:
 
 def test_a_start_that_takes_too_long_is_given_up() -> None:
     scaler = Scaler(CONFIG, lambda kind, reason, number: None)
-    full = [view("instance-0", 25)]
+    full = [view("instance-0", 15)]
     for now in (0.0, 2.0):
         scaler.update(full, {}, 0, {"instance-0"}.__contains__, now)
     assert scaler.orders() == {"instance-1": START}
@@ -260,7 +290,7 @@ def test_one_that_leaves_is_kept_when_the_load_grows() -> None:
     both = [view("instance-0", 3), view("instance-1", 1)]
     for now in (0.0, 2.0):
         scaler.update(both, {}, 0, bool, now)
-    busy = [view("instance-0", 25), view("instance-1", 1, state=InstanceState.DRAINING)]
+    busy = [view("instance-0", 15), view("instance-1", 1, state=InstanceState.DRAINING)]
     for now in (6.0, 8.0):
         scaler.update(busy, {"instance-1": False}, 0, {"instance-0"}.__contains__, now)
     assert not scaler.leaving
