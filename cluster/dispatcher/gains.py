@@ -93,7 +93,8 @@ def plan_defragment(plan: Round) -> None:
 def _make_room(plan: Round, view: LoadView, head: SequenceLoad, worth: float) -> None:
     """Move some of an instance's requests to where room is, if that suffices for ``head``.
 
-    With each that leaves, the block is free as well that was kept for it to grow into.
+    With each that leaves, the block is free as well that was kept for it to grow into. Room
+    elsewhere may be such that others wait for who come after ``head``.
     """
     name = view.instance_id
     need = head.blocks - spare(view, head) + 1
@@ -107,7 +108,7 @@ def _make_room(plan: Round, view: LoadView, head: SequenceLoad, worth: float) ->
         chosen = movable[: min(plan.config.defragment_moves, plan.budget, plan.slots[name])]
     if sum(s.blocks + 1 for s in chosen) < need:
         return
-    others = {key: other for key, other in plan.views.items() if plan.takes_part(other)}
+    others = {v.instance_id: v for v in plan.seen_by(head) if plan.takes_part(v)}
     moves: list[Move] = []
     spent, gained = 0.0, 0
     for sequence in chosen:

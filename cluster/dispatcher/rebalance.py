@@ -164,6 +164,16 @@ def has_room(view: LoadView, sequence: SequenceLoad) -> bool:
     )
 
 
+def goes_before(one: SequenceLoad, other: SequenceLoad) -> bool:
+    """Whether a request waits in front of another wherever both do: by class and arrival.
+
+    Tenants of a class are not compared: their counters tell whose turn it is.
+    """
+    if one.request_class != other.request_class:
+        return one.request_class < other.request_class
+    return one.tenant == other.tenant and one.arrival < other.arrival
+
+
 def cost(
     source: LoadView,
     destination: LoadView,
@@ -336,6 +346,20 @@ class Round:
             return None
         return found
 
+    def seen_by(self, first: SequenceLoad) -> list[LoadView]:
+        """The instances as they are for a waiting sequence: what waits behind it is not seen.
+
+        There is one line for the cluster, wherever it stands: room is for who is first in it.
+        """
+        found = []
+        for name, view in self.views.items():
+            if view.waiting:
+                there = [s for s in self.sequences[name] if not s.running and not self.moved(s)]
+                if len(there) == len(view.waiting) and all(goes_before(first, s) for s in there):
+                    view = replace(view, waiting=())
+            found.append(view)
+        return found
+
     def place_at_once(self, source: LoadView, sequence: SequenceLoad) -> LoadView | None:
         """Where a waiting sequence without KV would run at once, if anywhere.
 
@@ -347,7 +371,7 @@ class Round:
             return None
         takers = (
             view
-            for view in self.views.values()
+            for view in self.seen_by(sequence)
             if self.light_slot(view.instance_id) and suits(view, sequence)
         )
         return best_destination(source, takers, sequence)

@@ -23,7 +23,7 @@ from cluster.dispatcher.events import (
 from cluster.dispatcher.links import DEFAULT_RATE, LinkRates, block_bytes
 from cluster.dispatcher.llumnix import remaining_steps
 from cluster.dispatcher.load import LoadConfig
-from cluster.dispatcher.rebalance import RebalanceConfig
+from cluster.dispatcher.rebalance import RebalanceConfig, goes_before
 from instance.load import InstanceInfo, MigrationReport, Role, SequenceLoad
 from instance.request import RequestClass
 from tests.unit.dispatching import MODEL, World, dispatcher, info, report, sequence
@@ -102,10 +102,10 @@ def test_a_large_request_itself_moves_where_it_fits() -> None:
     assert later(core, loads, 3.0)[0] == ("defragment", "big", "i0", "i1")
 
 
-def new(name: str, blocks: int) -> SequenceLoad:
+def new(name: str, blocks: int, arrival: float = 0.0, **more) -> SequenceLoad:
     """A waiting request of which no KV is anywhere."""
-    waiting = sequence(name, blocks, running=False)
-    return dataclasses.replace(waiting, uncomputed=waiting.num_tokens)
+    waiting = sequence(name, blocks, running=False, **more)
+    return dataclasses.replace(waiting, uncomputed=waiting.num_tokens, arrival=arrival)
 
 
 def test_a_request_without_kv_goes_where_it_fits_long_before_the_next_round_for_balance() -> None:
@@ -158,10 +158,55 @@ def test_the_one_that_has_waited_longest_is_first_to_choose() -> None:
     assert move == ("defragment", "old", "i0", "i2")
 
 
+def test_room_for_which_a_later_one_waits_is_taken_by_the_earlier() -> None:
+    loads = {
+        "i0": (sequence("a", 70), new("early", 40, 1.0)),
+        "i1": (sequence("b", 50), new("late", 60, 2.0)),
+    }
+    assert later(ready(loads, rebalance=OFF), loads, 2.0) == [("defragment", "early", "i0", "i1")]
+    loads["i0"] = (sequence("a", 70), new("early", 40, 3.0))
+    assert later(ready(loads, rebalance=OFF), loads, 2.0) == []
+    # A class goes before another, whoever came first.
+    urgent = new("early", 40, 3.0, request_class=RequestClass.INTERACTIVE)
+    loads["i0"] = (sequence("a", 70), urgent)
+    assert later(ready(loads, rebalance=OFF), loads, 2.0) == [("defragment", "early", "i0", "i1")]
+    # Of different tenants the one behind goes first; that is for the ledger to say.
+    loads["i0"] = (sequence("a", 70), dataclasses.replace(new("early", 40, 1.0), tenant="other"))
+    assert later(ready(loads, rebalance=OFF), loads, 2.0) == []
+
+
+def test_room_is_made_at_the_cost_of_a_later_one() -> None:
+    loads = {
+        "i0": (sequence("a", 25), sequence("b", 45), new("early", 50, 1.0)),
+        "i1": (sequence("c", 60), new("late", 60, 2.0)),
+    }
+    assert later(ready(loads, rebalance=OFF), loads, 2.0) == [("defragment", "a", "i0", "i1")]
+    loads["i1"] = (sequence("c", 60), new("late", 60, 0.0))
+    assert later(ready(loads, rebalance=OFF), loads, 2.0) == []
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(RequestClass), st.integers(0, 4))))
+def test_who_goes_before_whom_is_an_order(found) -> None:
+    line = [
+        dataclasses.replace(
+            sequence(f"r{number}", 1, running=False, request_class=request_class),
+            tenant=tenant,
+            arrival=float(arrival),
+        )
+        for number, (tenant, request_class, arrival) in enumerate(found)
+    ]
+    for one in line:
+        assert not goes_before(one, one)
+        for other in line:
+            assert not (goes_before(one, other) and goes_before(other, one))
+            if goes_before(one, other):
+                assert all(goes_before(one, third) for third in line if goes_before(other, third))
+
+
 placements = st.lists(
     st.tuples(
         st.lists(st.integers(1, 40), max_size=8),
-        st.lists(st.integers(1, 90), max_size=3),
+        st.lists(st.tuples(st.integers(1, 90), st.integers(0, 3)), max_size=3),
     ),
     min_size=2,
     max_size=5,
@@ -177,16 +222,20 @@ def test_a_waiting_request_moves_only_to_where_it_runs_at_once(sizes) -> None:
         for blocks in running:
             if sum(one.blocks for one in fits) + blocks <= 100:
                 fits.append(sequence(f"r{number}.{len(fits)}", blocks))
-        queue = (new(f"w{number}.{place}", blocks) for place, blocks in enumerate(waiting))
+        queue = (new(f"w{number}.{place}", *one) for place, one in enumerate(waiting))
         loads[f"i{number}"] = (*fits, *queue)
     core = ready(loads, rebalance=OFF)
     core.handle(Tick(), 1.0)
     free = {name: 100 - sum(s.blocks for s in held if s.running) for name, held in loads.items()}
     rows = {name: sum(s.running for s in held) for name, held in loads.items()}
     blocks = {s.request_id: s.blocks for held in loads.values() for s in held}
-    for _, request_id, source, target in moves(core.handle(Tick(), 1.9)):
-        if request_id.startswith("w"):
-            assert all(one.running for one in loads[target])
+    line = {s.request_id: s for held in loads.values() for s in held if not s.running}
+    for reason, request_id, source, target in moves(core.handle(Tick(), 1.9)):
+        if request_id in line:
+            moved = line.pop(request_id)
+            there = [one for one in loads[target] if one.request_id in line]
+            assert not there or reason == "defragment"
+            assert all(goes_before(moved, one) for one in there)
             assert free[target] - rows[target] > blocks[request_id]
         else:
             free[source] += blocks[request_id]
