@@ -356,7 +356,7 @@ class Round:
             if view.waiting:
                 there = [s for s in self.sequences[name] if not s.running and not self.moved(s)]
                 if len(there) == len(view.waiting) and all(goes_before(first, s) for s in there):
-                    view = replace(view, waiting=())
+                    view = view._replace(waiting=())
             found.append(view)
         return found
 
