@@ -105,7 +105,7 @@ def test_a_large_request_itself_moves_where_it_fits() -> None:
 def new(name: str, blocks: int, arrival: float = 0.0, **more) -> SequenceLoad:
     """A waiting request of which no KV is anywhere."""
     waiting = sequence(name, blocks, running=False, **more)
-    return dataclasses.replace(waiting, uncomputed=waiting.num_tokens, arrival=arrival)
+    return waiting._replace(uncomputed=waiting.num_tokens, arrival=arrival)
 
 
 def test_a_request_without_kv_goes_where_it_fits_long_before_the_next_round_for_balance() -> None:
@@ -171,7 +171,7 @@ def test_room_for_which_a_later_one_waits_is_taken_by_the_earlier() -> None:
     loads["i0"] = (sequence("a", 70), urgent)
     assert later(ready(loads, rebalance=OFF), loads, 2.0) == [("defragment", "early", "i0", "i1")]
     # Of different tenants the one behind goes first; that is for the ledger to say.
-    loads["i0"] = (sequence("a", 70), dataclasses.replace(new("early", 40, 1.0), tenant="other"))
+    loads["i0"] = (sequence("a", 70), new("early", 40, 1.0)._replace(tenant="other"))
     assert later(ready(loads, rebalance=OFF), loads, 2.0) == []
 
 
@@ -188,10 +188,8 @@ def test_room_is_made_at_the_cost_of_a_later_one() -> None:
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(RequestClass), st.integers(0, 4))))
 def test_who_goes_before_whom_is_an_order(found) -> None:
     line = [
-        dataclasses.replace(
-            sequence(f"r{number}", 1, running=False, request_class=request_class),
-            tenant=tenant,
-            arrival=float(arrival),
+        sequence(f"r{number}", 1, running=False, request_class=request_class)._replace(
+            tenant=tenant, arrival=float(arrival)
         )
         for number, (tenant, request_class, arrival) in enumerate(found)
     ]
