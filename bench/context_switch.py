@@ -11,8 +11,8 @@ modelled
     law is not known to us, so it has no target. A second table halves and doubles every
     parameter.
 cpu
-    The engine with a real model in float64: every system must give every conversation the
-    same answers. No target on time: memory here is so fast beside prefill that swapping
+    The engine with a real model, whose kernels compute a row alike whatever the batch: every
+    system must give every conversation the same answers. No target on time: memory here is so fast beside prefill that swapping
     always wins.
 
 Each run leaves a file in --runs and is not repeated where that is there already.
@@ -54,7 +54,7 @@ PROFILE = "llama-8b-a10"
 CPU_BLOCKS, QUICK_BLOCKS = 40, 16
 """Pools of the CPU runs: a little more than the longest conversation."""
 LOAD = Load(sessions=100)
-CPU_LOAD = Load(sessions=6, rate=4.0, scale=1 / 16, max_len=512)
+CPU_LOAD = Load(sessions=12, rate=20.0, scale=1 / 16, max_len=512)
 VARIED_SEEDS = 2
 """Of the sensitivity table: it has two runs a seed for each of its rows."""
 

@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -57,7 +56,7 @@ class SwitchExecutor(TorchExecutor):
 def run_cpu(
     system: System, model: str, num_blocks: int, load: Load, pattern: str, seed: int
 ) -> dict[str, Any]:
-    """The engine with a real model in float64, on this machine's clock."""
+    """The engine with a real model in float32, on this machine's clock."""
     return asyncio.run(_run_cpu(system, model, num_blocks, load, pattern, seed))
 
 
@@ -67,9 +66,9 @@ async def _run_cpu(
     began = time.process_time()
     config = EngineConfig(
         model=model,
-        dtype="float64",
+        dtype="float32",
         num_blocks=num_blocks,
-        num_threads=os.cpu_count() or 1,
+        num_threads=1,
         scheduler=scheduling(load.max_len, system),
     )
     if system.swap is not None:

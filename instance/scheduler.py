@@ -280,9 +280,12 @@ class Scheduler:
             if row.sequence.status is not _RUNNING:
                 draft.drop(row.sequence)
         self._planner.fill(draft, may_preempt=False)
+        while self.swap is not None and self.swap.begin(self.running[-1] if self.running else None):
+            if draft.rows:
+                break
+            # Neither a step nor a copy will end: its preemptor has to enter now.
+            self._planner.fill(draft, may_preempt=False)
         draft.finish()
-        if self.swap is not None:
-            self.swap.begin(self.running[-1] if self.running else None)
 
     def drop(self, plan: StepPlan, sequence: Sequence) -> None:
         """Take a sequence's row out of a plan that is not launched, if it has one.

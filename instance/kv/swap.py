@@ -158,12 +158,16 @@ class Swap:
         self._leaving.append((sequence, first))
         return True
 
-    def begin(self, likely: Sequence | None) -> None:
+    def begin(self, likely: Sequence | None) -> bool:
         """Start what can start while no step is launched; ``copies`` has the jobs.
 
         Args:
             likely: The running sequence that would be the next victim.
+
+        Returns:
+            A victim of which nothing had to be copied has left: its blocks are free already.
         """
+        freed = False
         leaving, self._leaving = self._leaving, []
         for sequence, first in leaving:
             if sequence.status is not _WAITING or not sequence.block_table:
@@ -188,8 +192,10 @@ class Swap:
             self.figures.kept_blocks += first
             if not job.device:
                 self.end(job, 0.0)
+                freed = True
         if self._saver is not None:
             self._saver.save(likely)
+        return freed
 
     # ---- in
 

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instance.config import PreemptionMode, SwapConfig
+from instance.request import FinishReason, RequestClass, Sequence, SequenceStatus
+from tests.unit.kv_driver import make
 from tests.unit.swap_driver import SwapDriver
 from tests.unit.test_scheduler_runs import Traffic
 
@@ -109,3 +111,36 @@ def test_a_long_run_with_a_small_host_pool() -> None:
     assert figures.decisions["recompute", "host full"] > 0
     # Without prefix hashes a copy is of use to its own sequence alone.
     assert figures.hit_blocks == figures.saved_blocks == 0
+
+
+def test_a_victim_with_nothing_left_to_copy_makes_room_at_once() -> None:
+    """Nothing else would start a step then: neither a step nor a copy is there to end."""
+    driver = SwapDriver(
+        11,
+        24,
+        SwapConfig(preemption=PreemptionMode.SWAP, save=False),
+        max_num_seqs=4,
+        max_num_batched_tokens=64,
+        max_model_len=40,
+    )
+    victim = make("victim", list(range(15)), max_tokens=4)
+    driver.add(victim)
+    driver.step()
+    driver.add(urgent("first", 1))
+    while victim.status is not SequenceStatus.LOADING:
+        driver.step()
+    driver.end_some()
+    driver.add(urgent("second", 2))
+    before = len(driver.jobs)
+    driver.step()
+    assert victim.num_swapped == 16
+    assert len(driver.jobs) == before
+    assert [row[0] for row in driver.steps[-1]] == ["second"]
+    driver.run()
+    assert set(driver.ended.values()) == {FinishReason.LENGTH}
+
+
+def urgent(name: str, seed: int) -> Sequence:
+    """It needs most of the pool, all of which is free once the only other one has left."""
+    prompt = [seed * 100 + index for index in range(28)]
+    return make(name, prompt, max_tokens=2, request_class=RequestClass.INTERACTIVE)
