@@ -12,8 +12,8 @@ modelled
     parameter.
 cpu
     The engine with a real model, whose kernels compute a row alike whatever the batch: every
-    system must give every conversation the same answers. No target on time: memory here is so fast beside prefill that swapping
-    always wins.
+    system must give every conversation the same answers. No target on time: memory here is
+    so fast beside prefill that swapping always wins.
 
 Each run leaves a file in --runs and is not repeated where that is there already.
 
