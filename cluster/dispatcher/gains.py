@@ -108,7 +108,8 @@ def _make_room(plan: Round, view: LoadView, head: SequenceLoad, worth: float) ->
         chosen = movable[: min(plan.config.defragment_moves, plan.budget, plan.slots[name])]
     if sum(s.blocks + 1 for s in chosen) < need:
         return
-    others = {v.instance_id: v for v in plan.seen_by(head) if plan.takes_part(v)}
+    least = min(s.blocks for s in chosen)
+    others = {v.instance_id: v for v in plan.seen_by(head, least) if plan.takes_part(v)}
     moves: list[Move] = []
     spent, gained = 0.0, 0
     for sequence in chosen:

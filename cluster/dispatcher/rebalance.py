@@ -346,13 +346,16 @@ class Round:
             return None
         return found
 
-    def seen_by(self, first: SequenceLoad) -> list[LoadView]:
+    def seen_by(self, first: SequenceLoad, blocks: int) -> list[LoadView]:
         """The instances as they are for a waiting sequence: what waits behind it is not seen.
 
         There is one line for the cluster, wherever it stands: room is for who is first in it.
+        Instances without room for so many ``blocks`` are left out.
         """
         found = []
         for name, view in self.views.items():
+            if view.free - view.running <= blocks:
+                continue
             if view.waiting:
                 there = [s for s in self.sequences[name] if not s.running and not self.moved(s)]
                 if len(there) == len(view.waiting) and all(goes_before(first, s) for s in there):
@@ -371,7 +374,7 @@ class Round:
             return None
         takers = (
             view
-            for view in self.seen_by(sequence)
+            for view in self.seen_by(sequence, sequence.blocks)
             if self.light_slot(view.instance_id) and suits(view, sequence)
         )
         return best_destination(source, takers, sequence)
