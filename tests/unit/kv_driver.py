@@ -156,8 +156,17 @@ class Driver:
             self.on_run()
             self.planned = scheduler.schedule()
             self.on_run()
+        else:
+            # Only an event outside starts another step.
+            assert self.waits_for_copies() or not self._servable(), "the engine stands still"
         self.check()
         return emissions
+
+    def _servable(self) -> bool:
+        """Somebody runs, or waits while nobody at all has memory."""
+        scheduler, pool = self.scheduler, self.pool
+        waiting = scheduler.waiting if pool.num_free == pool.num_usable else ()
+        return any(not one.held for one in (*scheduler.running, *waiting))
 
     def run(self, limit: int = 20_000) -> None:
         """Step until nothing is left to do."""
