@@ -53,7 +53,6 @@ class SequenceLoad(NamedTuple):
         migrating: Takes part in a migration already.
         paused: In the batch, but its prefill stands still for a tenant further behind.
         uncomputed: Known tokens whose KV is not there yet; 1 for one that decodes.
-        arrival: Seconds since the Unix epoch when its client asked.
     """
 
     request_id: str
@@ -67,7 +66,6 @@ class SequenceLoad(NamedTuple):
     migrating: bool = False
     uncomputed: int = 0
     paused: bool = False
-    arrival: float = 0.0
 
     @property
     def account(self) -> Account:
@@ -227,7 +225,6 @@ def build_report(
             migrating=involves(request.request_id),
             uncomputed=max(0, num_tokens - sequence.num_written),
             paused=running and scheduler.is_paused(sequence),
-            arrival=request.arrival,
         )
 
     waiting = [view(sequence, False) for sequence in scheduler.waiting]

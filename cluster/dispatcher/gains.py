@@ -21,7 +21,7 @@ from cluster.dispatcher.rebalance import (
     suits,
     with_arrival,
 )
-from cluster.dispatcher.views import InstanceState, LoadView
+from cluster.dispatcher.views import LoadView
 from instance.load import Role, SequenceLoad
 from instance.request import RequestClass
 
@@ -63,53 +63,40 @@ def plan_defragment(plan: Round) -> None:
     """Let a large waiting request run: where there is room, else where room can be made.
 
     It has waited for some time and is expected to wait as long again (Lindy's rule, for want
-    of knowing when others end); that is what a move is worth at most. Those that have waited
-    longest choose first.
+    of knowing when others end); that is what a move is worth at most.
     """
-    heads = []
-    for name, view in plan.views.items():
+    for view in plan.sources():
+        name = view.instance_id
         head = next((s for s in plan.sequences[name] if not s.running and not plan.moved(s)), None)
-        if head is not None and view.waiting and view.state is InstanceState.READY:
-            heads.append((name, head))
-    heads.sort(key=lambda item: (item[1].request_class, -plan.patience(item[1]), item[0]))
-    for name, head in heads:
-        view = plan.views[name]
-        if head.blocks <= spare(view, head) or not plan.may_move(head, 0.0):
+        if head is None or not view.waiting or head.blocks <= spare(view, head):
+            continue
+        if not plan.may_move(head, 0.0):
             continue
         worth = plan.patience(head) - plan.config.min_gain
-        settled = plan.takes_part(view)
-        target = None
-        if head.uncomputed >= head.num_tokens:
-            target = plan.place_at_once(view, head)
-        elif settled and plan.may_gain(head):
+        if plan.may_gain(head):
             target = plan.destination(view, head)
-        if target is not None:
-            if plan.cost(view, target, head) < worth:
-                plan.add(Move(head, name, target.instance_id, "defragment"), 0)
-        elif settled:
-            _make_room(plan, view, head, worth)
+            if target is not None:
+                if plan.cost(view, target, head) < worth:
+                    plan.add(Move(head, name, target.instance_id, "defragment"), 0)
+                continue
+        _make_room(plan, view, head, worth)
 
 
 def _make_room(plan: Round, view: LoadView, head: SequenceLoad, worth: float) -> None:
-    """Move some of an instance's requests to where room is, if that suffices for ``head``.
-
-    With each that leaves, the block is free as well that was kept for it to grow into. Room
-    elsewhere may be such that others wait for who come after ``head``.
-    """
+    """Move some of an instance's requests to where room is, if that suffices for ``head``."""
     name = view.instance_id
     need = head.blocks - spare(view, head) + 1
     movable = [s for s in plan.sequences[name] if s.running and plan.may_gain(s)]
     movable = [s for s in movable if s.request_class >= head.request_class]
-    enough = [s for s in movable if s.blocks + 1 >= need]
+    enough = [s for s in movable if s.blocks >= need]
     if enough:
         chosen = [min(enough, key=lambda s: (-s.request_class, s.blocks, s.request_id))]
     else:
         movable.sort(key=lambda s: (-s.request_class, -s.blocks, s.request_id))
         chosen = movable[: min(plan.config.defragment_moves, plan.budget, plan.slots[name])]
-    if sum(s.blocks + 1 for s in chosen) < need:
+    if sum(s.blocks for s in chosen) < need:
         return
-    least = min(s.blocks for s in chosen)
-    others = {v.instance_id: v for v in plan.seen_by(head, least) if plan.takes_part(v)}
+    others = {key: other for key, other in plan.views.items() if plan.takes_part(other)}
     moves: list[Move] = []
     spent, gained = 0.0, 0
     for sequence in chosen:
@@ -121,7 +108,7 @@ def _make_room(plan: Round, view: LoadView, head: SequenceLoad, worth: float) ->
             return
         others[target.instance_id] = with_arrival(target, sequence)
         spent += plan.cost(view, target, sequence)
-        gained += sequence.blocks + 1
+        gained += sequence.blocks
         moves.append(Move(sequence, name, target.instance_id, "defragment"))
     if spent < worth:
         for move in moves:

@@ -26,7 +26,7 @@ from instance.load import MigrationReport, Role, SequenceLoad
 
 MOVED = "moved"
 _PER_INSTANCE = 0.001
-"""Seconds by which rounds for requests that wait are further apart with each instance."""
+"""Seconds by which rounds for fairness are further apart with each instance."""
 
 
 class Migrations:
@@ -65,7 +65,7 @@ class Migrations:
         self._is_over = is_over
         self._cooldowns = Cooldowns()
         self._balanced = -math.inf
-        self._waiting_planned = -math.inf
+        self._evened = -math.inf
         self._waited: dict[str, float] = {}
 
     def requested(self, request_id: str, destination: str | None, now: float) -> list[Action]:
@@ -130,18 +130,18 @@ class Migrations:
                 self._count("migrations_ended", f"{transfer.reason}/forgotten", 1)
         rules = self.rules if config.enabled else "off"
         due = rules != "off" and now - self._balanced >= config.interval
-        waiting_due = due or (rules == "gain" and self._comes_early(now))
+        even = due or (rules == "gain" and self._apart(now))
         emptying = [
             name
             for name, load in members.loads.items()
             if load.drains or load.present_role is Role.PREFILL
         ]
         budget = config.max_in_flight - len(members.transfers)
-        if budget <= 0 or not (waiting_due or emptying):
+        if budget <= 0 or not (even or emptying):
             return []
         views = {view.instance_id: view for view in members.views(now)}
         emptying = [name for name in emptying if name in views]
-        plan = self._round(views, list(views) if waiting_due else emptying, budget, now)
+        plan = self._round(views, list(views) if even else emptying, budget, now)
         plan_drain(plan, {name for name in emptying if members.loads[name].leaving})
         plan_handoff(plan)
         owed = len(plan.moves)
@@ -149,36 +149,28 @@ class Migrations:
             self._balanced = now
             self._cooldowns.prune(now, config, self._waited_or_running(plan))
             self._plan_gains(plan, rules)
-        elif waiting_due:
-            self._plan_waiting(plan)
-        if waiting_due:
-            self._waiting_planned = now
+        elif even and self._order is not None:
+            plan_fairness(plan, self._order)
+        if even:
+            self._evened = now
         return [self._start(move, now, at >= owed) for at, move in enumerate(plan.moves)]
 
-    def _comes_early(self, now: float) -> bool:
-        """Whether the next round comes early, for requests that wait: one does so at an
-        instance, where room elsewhere is of no use to it, or waiting tenants are far apart.
+    def _apart(self, now: float) -> bool:
+        """Whether waiting tenants are so far apart that the next round comes early.
 
         With the number of instances such rounds cost more, and come less often.
         """
-        apart = self.config.waiting_interval + _PER_INSTANCE * len(self._members.loads)
-        if now - self._waiting_planned < apart:
-            return False
-        if self._order is not None and self._order.apart():
-            return True
-        return any(view.reported.waiting for view in self._members.views(now))
-
-    def _plan_waiting(self, plan: Round) -> None:
-        plan_defragment(plan)
-        if self._order is not None:
-            plan_fairness(plan, self._order)
+        interval = self.config.even_interval + _PER_INSTANCE * len(self._members.loads)
+        return now - self._evened >= interval and self._order is not None and self._order.apart()
 
     def _plan_gains(self, plan: Round, rules: str) -> None:
         if rules == "llumnix":
             plan_llumnix(plan)
         elif rules == "gain":
-            self._plan_waiting(plan)
+            plan_defragment(plan)
             plan_isolate(plan)
+            if self._order is not None:
+                plan_fairness(plan, self._order)
             plan_balance(plan)
 
     def preview(self, rules: str, now: float) -> list[Move]:

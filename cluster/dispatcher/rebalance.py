@@ -31,9 +31,8 @@ class RebalanceConfig:
         max_moves: Moves for gain that one request makes at most.
         max_in_flight: Migrations under way at a time, over the cluster.
         max_per_instance: The same, from and to one instance together.
-        max_light_per_instance: The same for requests that wait, and so have no KV to send.
-        waiting_interval: Seconds between rounds for requests that wait, while one waits at an
-            instance or waiting tenants are apart.
+        max_light_per_instance: The same for requests that wait and move for fairness.
+        even_interval: Seconds between rounds for fairness while waiting tenants are apart.
         defragment_moves: Requests that move away at most to make room for a waiting one.
         llumnix_threshold: Remaining steps that divide sources from destinations, where
             Llumnix's rules are in force.
@@ -51,7 +50,7 @@ class RebalanceConfig:
     max_in_flight: int = 16
     max_per_instance: int = 2
     max_light_per_instance: int = 4
-    waiting_interval: float = 0.1
+    even_interval: float = 0.1
     defragment_moves: int = 3
     llumnix_threshold: float = 3.0
 
@@ -145,13 +144,8 @@ def _is_interactive(sequence: SequenceLoad) -> bool:
 
 
 def spare(view: LoadView, sequence: SequenceLoad) -> int:
-    """Free blocks that a sequence may take.
-
-    An instance lets one in, waiting or migrating, only if a block stays free for each that
-    runs there; and headroom is there for interactive ones alone.
-    """
-    free = view.free - view.running
-    return free if _is_interactive(sequence) else free - view.headroom
+    """Free blocks that a sequence may take: headroom is there for interactive ones alone."""
+    return view.free if _is_interactive(sequence) else view.free - view.headroom
 
 
 def has_room(view: LoadView, sequence: SequenceLoad) -> bool:
@@ -162,16 +156,6 @@ def has_room(view: LoadView, sequence: SequenceLoad) -> bool:
         and view.running < view.info.max_num_seqs
         and spare(view, sequence) > sequence.blocks
     )
-
-
-def goes_before(one: SequenceLoad, other: SequenceLoad) -> bool:
-    """Whether a request waits in front of another wherever both do: by class and arrival.
-
-    Tenants of a class are not compared: their counters tell whose turn it is.
-    """
-    if one.request_class != other.request_class:
-        return one.request_class < other.request_class
-    return one.tenant == other.tenant and one.arrival < other.arrival
 
 
 def cost(
@@ -345,39 +329,6 @@ class Round:
         ):
             return None
         return found
-
-    def seen_by(self, first: SequenceLoad, blocks: int) -> list[LoadView]:
-        """The instances as they are for a waiting sequence: what waits behind it is not seen.
-
-        There is one line for the cluster, wherever it stands: room is for who is first in it.
-        Instances without room for so many ``blocks`` are left out.
-        """
-        found = []
-        for name, view in self.views.items():
-            if view.free - view.running <= blocks:
-                continue
-            if view.waiting:
-                there = [s for s in self.sequences[name] if not s.running and not self.moved(s)]
-                if len(there) == len(view.waiting) and all(goes_before(first, s) for s in there):
-                    view = view._replace(waiting=())
-            found.append(view)
-        return found
-
-    def place_at_once(self, source: LoadView, sequence: SequenceLoad) -> LoadView | None:
-        """Where a waiting sequence without KV would run at once, if anywhere.
-
-        It has nothing to copy, so loads need not stand still for it, and it need not rest.
-        """
-        if not self.light_slot(source.instance_id) or not self.may_move(
-            sequence, self.config.retry
-        ):
-            return None
-        takers = (
-            view
-            for view in self.seen_by(sequence, sequence.blocks)
-            if self.light_slot(view.instance_id) and suits(view, sequence)
-        )
-        return best_destination(source, takers, sequence)
 
     def patience(self, sequence: SequenceLoad) -> float:
         """Seconds for which a waiting request will likely wait on: as long as it has waited."""

@@ -241,7 +241,6 @@ class Requests:
                 blocks=blocks_for(request.num_tokens + 1, load.info.model.block_size),
                 num_tokens=request.num_tokens,
                 uncomputed=missing,
-                arrival=request.arrival,
             ),
             now,
         )

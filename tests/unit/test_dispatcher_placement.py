@@ -99,8 +99,8 @@ def test_headroom_is_shared_by_the_interactive_requests_and_goes_with_the_last(
         assert view.headroom == (reserve if left else 0)
         back = with_arrival(view, urgent[left])
         assert (back.headroom, back.free, back.running) == (reserve, before.free, before.running)
-    # What is kept free for them, others may not take and they may; a block is for the running.
-    last = view_of(urgent[0], blocks=blocks + 21, headroom=15)
+    # What is kept free for them, others may not take and they may.
+    last = view_of(urgent[0], blocks=blocks + 20, headroom=15)
     assert spare(last, urgent[0]) == 20
     assert spare(last, sequence("b", 1)) == 5
 

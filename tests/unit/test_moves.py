@@ -23,7 +23,7 @@ from cluster.dispatcher.events import (
 from cluster.dispatcher.links import DEFAULT_RATE, LinkRates, block_bytes
 from cluster.dispatcher.llumnix import remaining_steps
 from cluster.dispatcher.load import LoadConfig
-from cluster.dispatcher.rebalance import RebalanceConfig, goes_before
+from cluster.dispatcher.rebalance import RebalanceConfig
 from instance.load import InstanceInfo, MigrationReport, Role, SequenceLoad
 from instance.request import RequestClass
 from tests.unit.dispatching import MODEL, World, dispatcher, info, report, sequence
@@ -85,7 +85,7 @@ def test_room_is_made_for_a_large_waiting_request() -> None:
 
 def test_several_make_room_where_one_does_not_suffice() -> None:
     loads = {
-        "i0": (*(sequence(f"a{n}", 16) for n in range(5)), sequence("big", 46, running=False)),
+        "i0": (*(sequence(f"a{n}", 16) for n in range(5)), sequence("big", 50, running=False)),
         "i1": (sequence("c", 60),),
         "i2": (sequence("d", 60),),
     }
@@ -100,146 +100,6 @@ def test_a_large_request_itself_moves_where_it_fits() -> None:
     }
     core = ready(loads, rebalance=OFF)
     assert later(core, loads, 3.0)[0] == ("defragment", "big", "i0", "i1")
-
-
-def new(name: str, blocks: int, arrival: float = 0.0, **more) -> SequenceLoad:
-    """A waiting request of which no KV is anywhere."""
-    waiting = sequence(name, blocks, running=False, **more)
-    return waiting._replace(uncomputed=waiting.num_tokens, arrival=arrival)
-
-
-def test_a_request_without_kv_goes_where_it_fits_long_before_the_next_round_for_balance() -> None:
-    loads = {
-        "i0": (sequence("a", 50), new("big", 60)),
-        "i1": (sequence("b", 20),),
-    }
-    core = ready(loads, rebalance=OFF)
-    assert moves(core.handle(Tick(), 1.0)) == []  # it has just come
-    found = [moves(core.handle(Tick(), 1.0 + 0.1 * tick)) for tick in range(1, 6)]
-    assert [one for some in found for one in some] == [("defragment", "big", "i0", "i1")]
-    # One whose KV is on the host there has that to take along.
-    loads["i0"] = (sequence("a", 85), sequence("big", 60, running=False))
-    core = ready(loads, rebalance=OFF)
-    core.migrations._cooldowns.requests["big"] = 0.9
-    assert [moves(core.handle(Tick(), 1.0 + 0.1 * tick)) for tick in range(6)] == [[]] * 6
-
-
-def test_a_request_without_kv_leaves_an_instance_whose_load_is_not_known_again_yet() -> None:
-    loads = {"i0": (sequence("a", 50), new("big", 60)), "i1": (sequence("b", 20),)}
-    core = ready(loads, rebalance=OFF)
-    core.members.loads["i0"].settled = core.members.loads["i1"].settled = 1.0
-    core.handle(Tick(), 1.0)
-    assert moves(core.handle(Tick(), 1.5)) == [("defragment", "big", "i0", "i1")]
-
-
-def test_room_that_running_requests_need_to_grow_is_none() -> None:
-    small = tuple(sequence(f"s{n}", 1) for n in range(20))
-    # 20 of 100 blocks are used and 20 are kept: 61 blocks do not fit.
-    loads = {"i0": (sequence("a", 70), new("big", 61)), "i1": small}
-    assert later(ready(loads, rebalance=OFF), loads, 3.0) == []
-    loads["i0"] = (sequence("a", 70), new("big", 59))
-    assert later(ready(loads, rebalance=OFF), loads, 2.0) == [("defragment", "big", "i0", "i1")]
-    # And so 58 blocks wait in vain where 59 are free.
-    loads = {"i0": (*small, sequence("a", 21), new("big", 58)), "i1": (sequence("b", 20),)}
-    assert later(ready(loads, rebalance=OFF), loads, 2.0) == [("defragment", "big", "i0", "i1")]
-
-
-def test_the_one_that_has_waited_longest_is_first_to_choose() -> None:
-    first = {
-        "i0": (sequence("a", 50), new("old", 60)),
-        "i1": (sequence("b", 60),),
-        "i2": (sequence("c", 20),),
-    }
-    core = ready(first, rebalance=OFF)
-    core.handle(Tick(), 1.0)
-    second = {"i0": first["i0"], "i1": (sequence("b", 60), new("late", 60)), "i2": first["i2"]}
-    again(core, second, 1.1, 2)
-    (move, *_) = [one for tick in range(1, 9) for one in moves(core.handle(Tick(), 1 + tick / 10))]
-    assert move == ("defragment", "old", "i0", "i2")
-
-
-def test_room_for_which_a_later_one_waits_is_taken_by_the_earlier() -> None:
-    loads = {
-        "i0": (sequence("a", 70), new("early", 40, 1.0)),
-        "i1": (sequence("b", 50), new("late", 60, 2.0)),
-    }
-    assert later(ready(loads, rebalance=OFF), loads, 2.0) == [("defragment", "early", "i0", "i1")]
-    loads["i0"] = (sequence("a", 70), new("early", 40, 3.0))
-    assert later(ready(loads, rebalance=OFF), loads, 2.0) == []
-    # A class goes before another, whoever came first.
-    urgent = new("early", 40, 3.0, request_class=RequestClass.INTERACTIVE)
-    loads["i0"] = (sequence("a", 70), urgent)
-    assert later(ready(loads, rebalance=OFF), loads, 2.0) == [("defragment", "early", "i0", "i1")]
-    # Of different tenants the one behind goes first; that is for the ledger to say.
-    loads["i0"] = (sequence("a", 70), new("early", 40, 1.0)._replace(tenant="other"))
-    assert later(ready(loads, rebalance=OFF), loads, 2.0) == []
-
-
-def test_room_is_made_at_the_cost_of_a_later_one() -> None:
-    loads = {
-        "i0": (sequence("a", 25), sequence("b", 45), new("early", 50, 1.0)),
-        "i1": (sequence("c", 60), new("late", 60, 2.0)),
-    }
-    assert later(ready(loads, rebalance=OFF), loads, 2.0) == [("defragment", "a", "i0", "i1")]
-    loads["i1"] = (sequence("c", 60), new("late", 60, 0.0))
-    assert later(ready(loads, rebalance=OFF), loads, 2.0) == []
-
-
-@given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(RequestClass), st.integers(0, 4))))
-def test_who_goes_before_whom_is_an_order(found) -> None:
-    line = [
-        sequence(f"r{number}", 1, running=False, request_class=request_class)._replace(
-            tenant=tenant, arrival=float(arrival)
-        )
-        for number, (tenant, request_class, arrival) in enumerate(found)
-    ]
-    for one in line:
-        assert not goes_before(one, one)
-        for other in line:
-            assert not (goes_before(one, other) and goes_before(other, one))
-            if goes_before(one, other):
-                assert all(goes_before(one, third) for third in line if goes_before(other, third))
-
-
-placements = st.lists(
-    st.tuples(
-        st.lists(st.integers(1, 40), max_size=8),
-        st.lists(st.tuples(st.integers(1, 90), st.integers(0, 3)), max_size=3),
-    ),
-    min_size=2,
-    max_size=5,
-)
-
-
-@given(placements)
-@settings(deadline=None)
-def test_a_waiting_request_moves_only_to_where_it_runs_at_once(sizes) -> None:
-    loads = {}
-    for number, (running, waiting) in enumerate(sizes):
-        fits: list[SequenceLoad] = []
-        for blocks in running:
-            if sum(one.blocks for one in fits) + blocks <= 100:
-                fits.append(sequence(f"r{number}.{len(fits)}", blocks))
-        queue = (new(f"w{number}.{place}", *one) for place, one in enumerate(waiting))
-        loads[f"i{number}"] = (*fits, *queue)
-    core = ready(loads, rebalance=OFF)
-    core.handle(Tick(), 1.0)
-    free = {name: 100 - sum(s.blocks for s in held if s.running) for name, held in loads.items()}
-    rows = {name: sum(s.running for s in held) for name, held in loads.items()}
-    blocks = {s.request_id: s.blocks for held in loads.values() for s in held}
-    line = {s.request_id: s for held in loads.values() for s in held if not s.running}
-    for reason, request_id, source, target in moves(core.handle(Tick(), 1.9)):
-        if request_id in line:
-            moved = line.pop(request_id)
-            there = [one for one in loads[target] if one.request_id in line]
-            assert not there or reason == "defragment"
-            assert all(goes_before(moved, one) for one in there)
-            assert free[target] - rows[target] > blocks[request_id]
-        else:
-            free[source] += blocks[request_id]
-            rows[source] -= 1
-        free[target] -= blocks[request_id]
-        rows[target] += 1
 
 
 def test_room_is_not_made_where_it_would_not_suffice() -> None:
