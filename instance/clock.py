@@ -59,10 +59,7 @@ class VirtualClock:
         return self._now
 
     def call_later(self, delay: float, callback: Callable[[], None]) -> TimerHandle:
-        timer = _VirtualTimer(callback)
-        due = self._now + delay if delay > 0.0 else self._now
-        heapq.heappush(self._queue, (due, next(self._order), timer))
-        return timer
+        return self.call_at(self._now + delay, callback)
 
     def call_at(self, due: float, callback: Callable[[], None]) -> TimerHandle:
         """Call ``callback`` once, at exactly that time, or now if that is past."""

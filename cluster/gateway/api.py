@@ -338,7 +338,7 @@ class OpenAIApi:
             return Response(form.whole(whole), media_type="application/json")
         except ClientDisconnected:
             self._metrics.disconnects.inc()
-            return Response(status_code=CLIENT_CLOSED)
+            raise
         finally:
             await pieces.aclose()
             for choice in choices:

@@ -224,9 +224,11 @@ class EventStream(Response):
         except Exception as failure:
             if not self._started:
                 raise
-            if not isinstance(failure, ApiError):
+            if isinstance(failure, ApiError):
+                error = failure
+            else:
                 logger.exception("a stream failed")
-            error = failure if isinstance(failure, ApiError) else internal()
+                error = internal()
         finally:
             await pieces.aclose()
             for choice in self._choices:  # a generator that never began cleans nothing up
