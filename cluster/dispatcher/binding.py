@@ -1,8 +1,15 @@
-"""Late binding: which instances have room for a request now.
+"""Late binding: at which instances a request runs at once, and where it may wait.
 
-An instance is given what it can take up at once, and a small run-ahead beyond that, so that
-it never stands idle while requests wait in the dispatcher. A full instance still has room for
-requests of a tenant, or class, that may preempt what runs there.
+An instance is given what it can take up at once. Where no instance can, a request waits in the
+dispatcher, but for a few: those in front are sent ahead, so that an instance never stands idle
+for want of a message. A full instance is also given requests of a tenant, or class, that may
+preempt what runs there.
+
+What waits at an instance waits for that instance's memory, and nothing else goes there
+meanwhile. That is what lets a large request run at all while smaller ones, behind it in the
+line, run elsewhere: a reservation for the first in line, as in EASY backfilling (Lifka, "The
+ANL/IBM SP scheduling system", JSSPP 1995). Each one costs the memory that it waits for, so
+they are few.
 """
 
 from __future__ import annotations
@@ -14,7 +21,7 @@ import numpy as np
 
 from cluster.dispatcher.candidates import Candidates
 from cluster.dispatcher.load import InstanceLoad
-from cluster.dispatcher.table import LoadTable
+from cluster.dispatcher.table import Bools, LoadTable
 from instance.load import InstanceInfo, SequenceLoad
 from instance.request import Account, RequestClass
 
@@ -27,6 +34,7 @@ class Binding:
     Args:
         table: Loads of the instances.
         run_ahead: Requests that may wait at an instance; None for any number.
+        ahead: Requests that may yet be sent to wait for memory, anywhere.
         counter: Counters of accounts.
         theta: How far ahead a tenant must be to be preempted at an instance.
         now: The instant.
@@ -36,65 +44,92 @@ class Binding:
         self,
         table: LoadTable,
         run_ahead: int | None,
+        ahead: int,
         counter: Counter,
         theta: Callable[[InstanceInfo], float],
         now: float,
     ) -> None:
         self._table = table
         self._run_ahead = run_ahead
+        self._ahead = ahead
         self._counter = counter
         self._theta = theta
         self._now = now
         self._best: tuple[int, int] | None = None
         self._reach: dict[int, float] | None = None
 
-    def changed(self) -> None:
-        """A request was placed."""
+    def placed(self, ahead: bool) -> None:
+        """A request was placed, ahead of the room for it or not."""
         self._best = None
+        self._ahead -= ahead
 
-    def may_have_room(self, account: Account, tokens: int) -> bool:
-        """A quick answer for the many requests that have none; true where it is not sure."""
+    def may_run(self, tokens: int) -> bool:
+        """A quick answer for the many requests that cannot; true where it is not sure."""
+        return self._run_ahead is None or self._most_room()[0] > tokens
+
+    def may_wait(self, account: Account) -> bool:
+        """The same of waiting at an instance."""
         most = self._run_ahead
-        if most is None:
+        if most is None or self._most_room()[1] < most:
             return True
+        return self._may_preempt_somewhere(account)
+
+    def _most_room(self) -> tuple[int, int]:
         if self._best is None:
-            self._best = self._table.most_room(self._now) or (-1, most)
-        slack, backlog = self._best
-        return slack > tokens or backlog < most or self._may_preempt_somewhere(account)
+            self._best = self._table.most_room(self._now) or (-1, self._run_ahead or 0)
+        return self._best
 
-    def with_room(self, candidates: Candidates, account: Account, tokens: int) -> Candidates | None:
-        """Those of the instances with room for a request; None if none has.
-
-        They can take it up, or have little waiting; if there are none, they run what it may
-        preempt.
+    def to_run(self, candidates: Candidates, account: Account, tokens: int) -> Candidates | None:
+        """Those of the instances that take up a request at once; None if none does.
 
         Args:
             account: Whose request it is.
             tokens: Tokens of it that are known.
         """
-        most = self._run_ahead
-        if most is None:
+        if self._run_ahead is None:
             return candidates
         slack = candidates.slack
         if account[1] == RequestClass.INTERACTIVE:
-            slack = np.where(slack < 0, slack, slack + candidates.headroom)
-        open_now = (slack > tokens) | (candidates.backlog < most)
-        if account[1] != RequestClass.INTERACTIVE and open_now.all():
+            slack = slack + candidates.headroom
+        return self._if_any(candidates, slack > tokens, account, tokens)
+
+    def to_wait(self, candidates: Candidates, account: Account, tokens: int) -> Candidates | None:
+        """Those at which a request may wait, for memory or for a slot of the batch, or None."""
+        most = self._run_ahead
+        if most is None:
             return candidates
-        if not open_now.any():
-            if not self._may_preempt_somewhere(account):
-                return None
-            loads = [self._table.load(row) for row in candidates.rows]
-            open_now = np.array([self._preempts(load, account, max(1, most)) for load in loads])
-            if not open_now.any():
-                return None
+        free = candidates.backlog < most
+        if self._ahead <= 0:
+            free &= candidates.full_batch
+        return self._if_any(candidates, free, account, tokens)
+
+    def to_preempt(
+        self, candidates: Candidates, account: Account, tokens: int
+    ) -> Candidates | None:
+        """Those that run what a request may preempt, or None."""
+        if not self._may_preempt_somewhere(account):
+            return None
+        most = max(1, self._run_ahead or 0)
+        loads = [self._table.load(row) for row in candidates.rows]
+        free = np.array([self._preempts(load, account, most) for load in loads])
+        return self._if_any(candidates, free, account, tokens)
+
+    @staticmethod
+    def _if_any(
+        candidates: Candidates, free: Bools, account: Account, tokens: int
+    ) -> Candidates | None:
+        """Those that are free; of these, for an interactive request, such as run others of it.
+
+        Every instance that runs one keeps its headroom free, so they share as long as they
+        would leave it. The others' requests there end, or go away, and none follow.
+        """
+        if not free.any():
+            return None
         if account[1] == RequestClass.INTERACTIVE:
-            # Every instance that runs one keeps its headroom free, so they share as long as
-            # they would leave it. The others' requests there end, or go away, and none follow.
-            shared = open_now & (candidates.shared_room > tokens)
+            shared = free & (candidates.shared_room > tokens)
             if shared.any():
-                open_now = shared
-        return candidates if open_now.all() else candidates.where(open_now)
+                free = shared
+        return candidates.where(free)
 
     def _may_preempt_somewhere(self, account: Account) -> bool:
         if self._reach is None:

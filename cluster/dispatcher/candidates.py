@@ -144,6 +144,11 @@ class Candidates(Sequence[LoadView]):
         return self._table.backlog[self.rows]
 
     @property
+    def full_batch(self) -> Bools:
+        """[n] whether all slots of the batch are taken."""
+        return self._table.full_batch[self.rows]
+
+    @property
     def last_placed(self) -> Ints:
         """[n] number of the last placement made on each."""
         return self._table.turn[self.rows]

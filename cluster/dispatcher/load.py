@@ -78,6 +78,20 @@ def blocks_for(num_tokens: int, block_size: int) -> int:
     return max(1, -(-num_tokens // block_size))
 
 
+class Room(NamedTuple):
+    """What a request finds at an instance.
+
+    Attributes:
+        slack: Tokens that it may have to run at once; negative where none would run.
+        waiting: Requests that wait there, or will when they arrive.
+        full_batch: All slots of the batch are taken: who waits, waits for one to end.
+    """
+
+    slack: int
+    waiting: int
+    full_batch: bool
+
+
 class _Staying(NamedTuple):
     """Sums over the reported sequences that are not on their way elsewhere."""
 
@@ -352,17 +366,13 @@ class InstanceLoad:
         there = [s for s in self.sequences if not s.running and self.counts(s.request_id)]
         return there + self._late_charges()
 
-    def room(self, view: LoadView) -> tuple[int, int]:
-        """Tokens that a request may have to run here at once, and how many will wait.
-
-        Negative tokens mean that none would run. The headroom is taken off.
-        """
+    def room(self, view: LoadView) -> Room:
+        """What a request finds here. The headroom is taken off."""
         waiting = len(view.waiting) + len(self._late_charges())
-        if waiting or view.running >= self.info.max_num_seqs:
-            return -1, waiting
+        full = view.running >= self.info.max_num_seqs
         # An instance admits only if a block stays free for each running sequence.
-        slack = view.free - view.headroom - view.running
-        return slack * self.info.model.block_size, waiting
+        free = -1 if waiting or full else view.free - view.running
+        return Room((free - view.headroom) * self.info.model.block_size, waiting, full)
 
     def _late_charges(self) -> list[SequenceLoad]:
         """Of what was sent here, the last ones, for which there is no room."""

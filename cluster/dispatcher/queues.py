@@ -62,8 +62,7 @@ def _age(held: Held) -> tuple[float, str]:
 class RequestQueues:
     """One queue per account and model, each in order of arrival.
 
-    Requests of one queue leave in order: a large one at the head is not overtaken by small
-    ones behind it, or it would never find room.
+    Whoever takes from one does so from the front; see ``binding`` for who may pass.
     """
 
     def __init__(self) -> None:

@@ -25,6 +25,9 @@ from instance.load import LoadReport, SequenceLoad
 
 Choose = Callable[[PlaceRequest, Candidates], LoadView]
 
+_LOOK_BEHIND = 32
+"""Requests of a queue that are looked at behind the first that must wait, it included."""
+
 
 @dataclass(frozen=True, slots=True)
 class RequestConfig:
@@ -32,6 +35,8 @@ class RequestConfig:
 
     Attributes:
         run_ahead: Requests that may wait at an instance; None sends every request on at once.
+        instances_per_wait: Of so many instances one has a request sent to it that waits for
+            memory; one of all in smaller clusters.
         max_queued: Requests of a class, and of the higher ones, that wait here at most; more
             are refused.
         hold_timeout: Seconds that a new request waits for an instance to be ready at all.
@@ -43,6 +48,7 @@ class RequestConfig:
     """
 
     run_ahead: int | None = 1
+    instances_per_wait: int = 16
     max_queued: int = 4096
     hold_timeout: float = 5.0
     replay_hold_timeout: float = 20.0
@@ -92,6 +98,7 @@ class Requests:
         self._count = count
         self._known: OrderedDict[str, _Known] = OrderedDict()
         self._unplaceable: dict[str, float] = {}
+        self._sent_ahead: set[str] = set()
         self._turn = 0
 
     # ---- what gateways say
@@ -151,6 +158,7 @@ class Requests:
         if request.time_left <= 0.0:
             return [self._refuse(request, 408, "its deadline has passed", "deadline_exceeded")]
         held = Held(request, now, now, now + request.time_left)
+        self._sent_ahead.discard(request_id)  # a replay: its instance is gone
         self.queues.add(held)
         self.waiting.held(request_id, request.epoch, account, now)
         actions = self._serve(self.queues.queue_of(held), self._binding(now), now)
@@ -196,32 +204,53 @@ class Requests:
         return actions
 
     def _binding(self, now: float) -> Binding:
+        # Whoever has begun to run does not wait; if it is preempted, others went before it.
+        self._sent_ahead = {one for one in self._sent_ahead if one in self.waiting}
+        most = max(1, len(self._members.loads) // self.config.instances_per_wait)
+        run_ahead = self.config.run_ahead if self.late_binding else None
         return Binding(
             self._members.table,
-            self.config.run_ahead if self.late_binding else None,
+            run_ahead,
+            most * (run_ahead or 0) - len(self._sent_ahead),
             self._ledger.counter,
             lambda info: self._ledger.theta(Source(info.instance_id, info.incarnation)),
             now,
         )
 
     def _serve(self, queue: list[Held], binding: Binding, now: float) -> list[Action]:
-        """Place from the front of a queue, as far as there is room."""
+        """Place from a queue, in order, as far as there is room.
+
+        Behind one for which there is none, those that run at once elsewhere pass.
+        """
         actions: list[Action] = []
+        left, waits = _LOOK_BEHIND, False
         for held in list(queue):
+            if not left:
+                break
             request = held.request
-            if not binding.may_have_room(request.account, request.num_tokens):
-                break
-            candidates = self._members.candidates(request, now, held.since)
-            if candidates is None:
-                continue  # it avoids the instances there are
-            candidates = binding.with_room(candidates, request.account, request.num_tokens)
-            if candidates is None:
-                break
+            account, tokens = request.account, request.num_tokens
+            found, ahead = None, False
+            if binding.may_run(tokens) or (not waits and binding.may_wait(account)):
+                candidates = self._members.candidates(request, now, held.since)
+                if candidates is None:
+                    continue  # it avoids the instances there are
+                found = binding.to_run(candidates, account, tokens)
+                if found is None and not waits:
+                    found = binding.to_wait(candidates, account, tokens)
+                    ahead = found is not None
+                    if found is None:
+                        found = binding.to_preempt(candidates, account, tokens)
+            if found is None:
+                waits = True
+                left -= 1
+                continue
             self._drop(held)
-            view = self._choose(request, candidates)
-            missing = candidates.missing_on(view.instance_id, request.num_tokens)
+            view = self._choose(request, found)
+            missing = found.missing_on(view.instance_id, tokens)
             actions.append(self._assign(request, view, missing, now))
-            binding.changed()
+            binding.placed(ahead)
+            if ahead:
+                self._sent_ahead.add(request.request_id)
         return actions
 
     def _assign(self, request: PlaceRequest, view: LoadView, missing: int, now: float) -> Place:

@@ -82,6 +82,7 @@ class LoadTable:
         self.headroom = np.zeros(size, np.int64)
         self.shared_room = np.zeros(size, np.int64)
         self.backlog = np.zeros(size, np.int64)
+        self.full_batch = np.zeros(size, np.bool_)
         self.total = np.zeros(size)
         self.block_size = np.zeros(size, np.int64)
         self.block_seconds = np.zeros(size)
@@ -177,7 +178,7 @@ class LoadTable:
         self.prompts_ahead[row] = view.backlog
         self.requests[row] = view.num_requests
         self.turn[row] = view.last_placed
-        self.slack[row], self.backlog[row] = load.room(view)
+        self.slack[row], self.backlog[row], self.full_batch[row] = load.room(view)
         if view.reserve:
             self.headroom[row] = view.headroom * size
             self.shared_room[row] = view.shared_room * size

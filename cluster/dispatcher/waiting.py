@@ -50,6 +50,10 @@ class WaitingRequests:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    def __contains__(self, request_id: str) -> bool:
+        """Whether a request waits, anywhere."""
+        return request_id in self._waiting
+
     def held(self, request_id: str, epoch: int, account: Account, now: float) -> None:
         """A request came and is held here."""
         self._set(request_id, _Waiting(account, epoch, _NOWHERE, False, now, held=True), now)

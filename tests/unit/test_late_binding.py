@@ -177,7 +177,7 @@ def test_an_instance_that_could_never_hold_it_gets_the_request_to_say_so() -> No
     run_ahead=st.integers(1, 3),
 )
 def test_nothing_is_held_while_an_instance_has_room(loads, requests, run_ahead) -> None:
-    """Of each queue the head is looked at: an instance with little waiting takes any."""
+    """Whoever is held would run nowhere at once, and enough of the others wait at instances."""
     core = dispatcher(run_ahead=run_ahead)
     for at, held in enumerate(loads):
         used = 0
@@ -188,16 +188,60 @@ def test_nothing_is_held_while_an_instance_has_room(loads, requests, run_ahead) 
             found.append(sequence(f"s{at}.{number}", blocks, running))
         core.handle(Joined(info(f"i{at}", blocks=100)), 0.0)
         core.handle(Reported(report(f"i{at}", 1, tuple(found), blocks=100)), 0.0)
+    actions = []
     for number, (tokens, tenant, request_class) in enumerate(requests):
         request = ask(f"r{number}", tokens=tokens, tenant=tenant, request_class=request_class)
-        core.handle(PlaceRequested(request), 0.1)
+        actions += core.handle(PlaceRequested(request), 0.1)
     if core.num_held:
         views = core.members.views(0.1)
         rooms = [core.members.loads[view.instance_id].room(view) for view in views]
-        assert all(backlog >= run_ahead for _, backlog in rooms)
-        heads = [queue[0].request for queue in core.placing.queues.in_order(lambda _: 0.0)]
-        most = max(slack for slack, _ in rooms)
-        assert all(request.num_tokens >= most for request in heads)
+        most = max(room.slack for room in rooms)
+        assert all(held.request.num_tokens >= most for held in core.placing.queues)
+        there = [one for view in views for one in core.members.loads[view.instance_id].to_wait()]
+        late = [one for one in there if one.request_id in ids(actions)]
+        assert len(late) >= run_ahead or all(room.waiting >= run_ahead for room in rooms)
+
+
+def test_small_ones_pass_a_large_one_that_runs_nowhere_but_not_where_it_waits() -> None:
+    core = dispatcher(run_ahead=1)
+    for name, used in (("i0", 70), ("i1", 60)):
+        core.handle(Joined(info(name, blocks=100)), 0.0)
+        core.handle(Reported(report(name, 1, (sequence(name, used),), blocks=100)), 0.0)
+    asked = [("large", 900), ("large too", 800), ("small", 100), ("another", 100)]
+    goes = [
+        placed(core.handle(PlaceRequested(ask(name, tokens=tokens, arrival=at)), 0.1))
+        for at, (name, tokens) in enumerate(asked)
+    ]
+    # The first one waits where it fits soonest; the second one holds nobody up.
+    assert goes[0] and not goes[1]
+    (waits_at,) = goes[0]
+    other = {"i0": "i1", "i1": "i0"}[waits_at]
+    assert goes[2:] == [[other], [other]]
+    # Room where the first one waits is for it alone, until it runs.
+    left = [sequence("large", 57, running=False)]
+    busy = sequence(waits_at, 50)
+    core.handle(Reported(report(waits_at, 2, (busy, *left), blocks=100)), 0.2)
+    assert placed(core.handle(PlaceRequested(ask("third", tokens=100, arrival=5)), 0.3)) == [other]
+    # Then the second one waits there.
+    runs = sequence("large", 57)
+    actions = core.handle(Reported(report(waits_at, 3, (runs,), blocks=100)), 0.4)
+    assert ids(actions) == ["large too"]
+    assert placed(actions) == [waits_at]
+
+
+def test_one_of_so_many_instances_has_a_request_that_waits_for_memory() -> None:
+    core = dispatcher(run_ahead=1, instances_per_wait=2)
+    for at in range(5):
+        core.handle(Joined(info(f"i{at}", blocks=100)), 0.0)
+        core.handle(Reported(full(f"i{at}", 1)), 0.0)
+    asked = [core.handle(PlaceRequested(ask(f"r{n}", arrival=n)), 0.1) for n in range(5)]
+    assert [bool(placed(actions)) for actions in asked] == [True, True, False, False, False]
+    # One of them is asked for anew, for want of an answer from its instance: it waits elsewhere.
+    (first,) = placed(asked[0])
+    again = core.handle(PlaceRequested(ask("r0", epoch=2, arrival=0, avoid=(first,))), 0.2)
+    assert ids(again) == ["r0"]
+    assert placed(again) != [first]
+    assert core.num_held == 3
 
 
 # ---- preemptible room
@@ -428,6 +472,6 @@ def test_room_is_counted_in_tokens_of_the_instance(tokens: int) -> None:
     core.handle(Joined(info("i0", blocks=100)), 0.0)
     core.handle(Reported(report("i0", 1, (sequence("s", 20),), blocks=100)), 0.0)
     view = core.members.views(0.0)[0]
-    slack, backlog = core.members.loads["i0"].room(view)
-    assert (slack, backlog) == ((80 - 1) * BLOCK_SIZE, 0)
+    room = core.members.loads["i0"].room(view)
+    assert room == ((80 - 1) * BLOCK_SIZE, 0, False)
     assert ids(core.handle(PlaceRequested(ask("r", tokens=tokens)), 0.1)) == ["r"]
