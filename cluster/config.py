@@ -179,8 +179,8 @@ class ServeConfig:
         integer(-1),
         "N",
         _SCHEDULING,
-        "requests that may wait at an instance, while the rest waits in the order of tenants' "
-        "service; -1: any number",
+        "requests that may wait at an instance, for a batch slot or, at one instance of 16, for "
+        "memory, while the rest waits in the order of tenants' service; -1: any number",
     )
     max_queued_requests: int = setting(
         4096,
