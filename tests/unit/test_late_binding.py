@@ -213,7 +213,7 @@ def test_small_ones_pass_a_large_one_that_runs_nowhere_but_not_where_it_waits() 
         for at, (name, tokens) in enumerate(asked)
     ]
     # The first one waits where it fits soonest; the second one holds nobody up.
-    assert goes[0] and not goes[1]
+    assert not goes[1]
     (waits_at,) = goes[0]
     other = {"i0": "i1", "i1": "i0"}[waits_at]
     assert goes[2:] == [[other], [other]]
