@@ -101,3 +101,17 @@ def test_the_threshold_of_a_sweep_is_the_one_with_the_shortest_tail(
 def test_the_quick_form_is_a_part_of_the_same_experiment() -> None:
     given = type("Given", (), {"quick": True})()
     assert {one.policy for one in bench.runs_of(given)} == set(bench.POLICIES)
+
+
+def test_only_cells_that_count_are_run_on_more_than_the_first_seeds() -> None:
+    given = type("Given", (), {})()
+    given.quick, given.sweep, given.form, given.seeds = False, False, "development", 5
+    given.workloads, given.shares = ["s-s", "m-m"], [0.75, 0.95]
+    first, more = bench.runs_of(given), bench.more_runs(given, [("m-m", 0.95)])
+    assert len(first) == 4 * len(bench.POLICIES) * bench.FIRST_SEEDS
+    assert {one.seed for one in more} == {4, 5}
+    assert {(one.workload, one.share) for one in more} == {("m-m", 0.95)}
+    assert {one.policy for one in more} == {"INFaaS++", "Llumnix", "ours"}
+    given.seeds = 2
+    assert {one.seed for one in bench.runs_of(given)} == {1, 2}
+    assert not bench.more_runs(given, [("m-m", 0.95)])
