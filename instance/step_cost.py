@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from math import isfinite
 
@@ -64,7 +66,14 @@ class StepCost:
                 seconds += self.prefill_token * (prefill - hidden)
         return seconds
 
-    def decodes_end(self, began: float, rows: int, context: int, steps: int) -> list[float]:
+    def decodes_end(
+        self,
+        began: float,
+        rows: int,
+        context: int,
+        steps: int,
+        end: Callable[[float, float], float] = operator.add,
+    ) -> list[float]:
         """When each of ``steps`` steps in a row ends that decode the same rows.
 
         Args:
@@ -72,10 +81,11 @@ class StepCost:
             rows: Of every step.
             context: KV positions that the first step reads; each row reads one more in the
                 next.
+            end: When a step ends, of when it begins and its duration.
         """
         fixed, token = self.base + self.decode_sequence * rows, self.context_token
         ends = itertools.accumulate(
-            (fixed + token * read for read in itertools.count(context, rows)), initial=began
+            (fixed + token * read for read in itertools.count(context, rows)), end, initial=began
         )
         next(ends)
         return list(itertools.islice(ends, steps))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from cluster.simulation.network import KvLink
 from cluster.simulation.profile import CostProfile
+from cluster.simulation.scatter import Scatter
 from instance.clock import Clock
 from instance.executor import ModelDescription
 from instance.model.modelled import ModelledExecutor
@@ -22,12 +23,14 @@ class DeviceModel:
     Attributes:
         executor: Model, KV pool and, where there is a host pool, its copier.
         cost: Durations of steps.
+        scatter: How they scatter; None: not at all.
         link: The way out for KV.
         block_bytes: Bytes of a KV block.
     """
 
     executor: ModelledExecutor
     cost: StepCost
+    scatter: Scatter | None
     link: KvLink
     block_bytes: int
 
@@ -74,6 +77,7 @@ def device(profile: CostProfile, share: float, host_bytes: float = 0.0) -> Devic
         executor = ModelledExecutor(
             profile.model, profile.num_blocks + 1, clock, profile.step, copier
         )
-        return DeviceModel(executor, profile.step, KvLink(profile.link, share), block_bytes)
+        link = KvLink(profile.link, share)
+        return DeviceModel(executor, profile.step, profile.scatter, link, block_bytes)
 
     return make

@@ -9,6 +9,7 @@ steps at once, at its end or when something comes in between.
 from __future__ import annotations
 
 import itertools
+import operator
 from bisect import bisect_right
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
@@ -17,6 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from cluster.simulation.answers import Answers
+from cluster.simulation.scatter import Pace
 from instance.budget import StepShape
 from instance.clock import TimerHandle, VirtualClock
 from instance.config import EngineConfig
@@ -62,6 +64,7 @@ class SimulatedEngine(Engine):
         counters: The instance's share of the cluster's ledger.
         jumps: Account for steps together where nothing else can happen.
         on_prefill: Told each sequence of whose prompt a step begins to compute some.
+        pace: How durations scatter; None: not at all.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class SimulatedEngine(Engine):
         counters: Counters,
         jumps: bool = True,
         on_prefill: Callable[[Sequence], None] = lambda sequence: None,
+        pace: Pace | None = None,
     ) -> None:
         super().__init__(
             executor,
@@ -93,6 +97,7 @@ class SimulatedEngine(Engine):
         self._virtual = clock
         self.jumped = 0
         self._cost = cost
+        self._end = operator.add if pace is None else pace.end
         self._counters = counters
         self._answers = answers
         self._on_decodes = on_decodes
@@ -124,7 +129,7 @@ class SimulatedEngine(Engine):
     # ---- steps
 
     def _launch(self, plan: StepPlan) -> None:
-        self._ends_at = self._clock.now() + self._cost.of(*StepShape.of(plan))
+        self._ends_at = self._end(self._clock.now(), self._cost.of(*StepShape.of(plan)))
         self._timer = self._virtual.call_at(self._ends_at, self._step_over)
         # Decodes come first in a plan.
         for sequence, start, length, _ in reversed(plan.rows):
@@ -176,7 +181,7 @@ class SimulatedEngine(Engine):
             return
         context = count + sum([start for _, start, _, _ in running.rows])
         at = self._ends_at
-        self._ends = [at, *self._cost.decodes_end(at, count, context + count, steps)]
+        self._ends = [at, *self._cost.decodes_end(at, count, context + count, steps, self._end)]
         self._told = 0
         tokens = self._answers.tokens
         self._drawn = {

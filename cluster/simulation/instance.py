@@ -14,6 +14,7 @@ from cluster.simulation.device import DeviceModel
 from cluster.simulation.engine import SimulatedEngine
 from cluster.simulation.network import NetworkConfig
 from cluster.simulation.records import InstanceRecord, RequestRecord
+from cluster.simulation.scatter import Pace
 from instance.clock import TimerHandle, VirtualClock
 from instance.config import EngineConfig
 from instance.kv.prefix_events import PrefixEvents
@@ -75,6 +76,7 @@ class SimulatedInstance:
         role: Role = Role.MIXED,
         jumps: bool = True,
         counters: LeasedCounters | None = None,
+        pace: Pace | None = None,
     ) -> None:
         self.info = info
         self.instance_id = info.instance_id
@@ -100,6 +102,7 @@ class SimulatedInstance:
             self.counters,
             jumps,
             self._began,
+            pace,
         )
         self.attempts = Attempts(self)
         self._prefixes = PrefixEvents()

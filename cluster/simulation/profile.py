@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 
+from cluster.simulation.scatter import Scatter
 from instance.executor import ModelDescription
 from instance.step_cost import StepCost
 
@@ -72,6 +73,7 @@ class CostProfile:
         num_host_blocks: Blocks of the host pool; 0 for none.
         overhead: Seconds that a request takes on an idle cluster until its first token is with
             the client, beside its steps: gateway, dispatcher, connections. 0: not measured.
+        scatter: How far durations of steps scatter around ``step``; None: not at all.
         sources: Where parameters come from, by name; "step.base" for one within another.
 
     Raises:
@@ -87,6 +89,7 @@ class CostProfile:
     num_blocks: int
     num_host_blocks: int = 0
     overhead: float = 0.0
+    scatter: Scatter | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -80,6 +80,6 @@ def _unknown(given: dict[Any, Any], known: dict[str, Any], where: str = "") -> I
 
 def format_profile(profile: CostProfile) -> str:
     """A profile as YAML."""
-    content = _SCHEMA.dump_python(profile, mode="json")
+    content = _SCHEMA.dump_python(profile, mode="json", exclude_none=True)
     text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=96)
     return text

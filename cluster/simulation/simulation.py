@@ -16,6 +16,7 @@ from cluster.simulation.gateway import ClientConfig, SimulatedGateway
 from cluster.simulation.instance import SimulatedInstance
 from cluster.simulation.network import NetworkConfig
 from cluster.simulation.records import InstanceRecord, RequestRecord
+from cluster.simulation.scatter import Pace
 from cluster.simulation.workloads.records import WorkloadRequest
 from instance.clock import VirtualClock
 from instance.config import EngineConfig
@@ -50,7 +51,7 @@ class Scenario:
         engine: Settings of every instance.
         dispatcher: Settings of the policy.
         max_tokens: Output limit that every client states.
-        seed: Of contents and of policies that draw.
+        seed: Of contents, of policies that draw, and of how steps scatter.
         network: Delays.
         deaths: Instances that die.
         start_seconds: What an instance that is added takes to start.
@@ -259,6 +260,7 @@ class Simulation:
             record,
             jumps=scenario.jumps,
             counters=scenario.counters(),
+            pace=Pace(device.scatter, scenario.seed, name) if device.scatter else None,
         )
         self.instances[name] = instance
         self.gateway.connect(instance)

@@ -10,6 +10,7 @@ from cluster.dispatcher.events import Action, Event
 from cluster.dispatcher.rebalance import RebalanceConfig
 from cluster.simulation.device import device
 from cluster.simulation.profile import CopyCost, CostProfile, LinkCost
+from cluster.simulation.scatter import Scatter
 from cluster.simulation.simulation import Death, Outcome, Scenario, Simulation
 from cluster.simulation.workloads.records import Span, WorkloadRequest
 from instance.config import EngineConfig, MigrationConfig, SchedulerConfig
@@ -19,7 +20,9 @@ from instance.step_cost import StepCost
 BLOCK_SIZE = 16
 
 
-def profile(blocks: int = 64, speed: float = 1.0, host_blocks: int = 0) -> CostProfile:
+def profile(
+    blocks: int = 64, speed: float = 1.0, host_blocks: int = 0, scatter: Scatter | None = None
+) -> CostProfile:
     """A device with ``blocks`` KV blocks, ``speed`` times as fast as the usual one."""
     model = ModelDescription("toy", "float16", BLOCK_SIZE, 2, 2, 8, 512, 1024, (511,))
     return CostProfile(
@@ -37,6 +40,7 @@ def profile(blocks: int = 64, speed: float = 1.0, host_blocks: int = 0) -> CostP
         link=LinkCost(1e6, 1e-5, 5e-4),
         num_blocks=blocks,
         num_host_blocks=host_blocks,
+        scatter=scatter,
     )
 
 
@@ -52,11 +56,16 @@ def scenario(
     host_blocks: int = 0,
     theta: float | None = None,
     seed: int = 0,
+    scatter: Scatter | None = None,
 ) -> Scenario:
     """A small cluster that is easily full."""
     return Scenario(
         devices=(
-            device(profile(blocks, host_blocks=host_blocks), share=1e6, host_bytes=float("inf")),
+            device(
+                profile(blocks, host_blocks=host_blocks, scatter=scatter),
+                share=1e6,
+                host_bytes=float("inf"),
+            ),
         )
         * instances,
         engine=EngineConfig(

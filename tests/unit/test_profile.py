@@ -33,6 +33,7 @@ from cluster.simulation.profile_fit import (
     relative_error,
     without_overhead,
 )
+from cluster.simulation.scatter import Scatter
 from instance.budget import attended
 from instance.step_cost import StepCost
 
@@ -101,6 +102,10 @@ def test_files(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(format_profile(dataclasses.replace(profile, name="mine")))
     assert load_profile(str(path)) == dataclasses.replace(profile, name="mine")
+    assert "scatter" not in path.read_text()
+    uneven = dataclasses.replace(profile, scatter=Scatter((0.75, 1.25), 0.2))
+    path.write_text(format_profile(uneven))
+    assert load_profile(str(path)) == uneven
 
 
 @pytest.mark.parametrize(
@@ -115,6 +120,9 @@ def test_files(tmp_path: Path) -> None:
         ({"link": {"bandwidth": 1, "lag": 2}}, "unknown key link.lag"),
         ({"step": {"base": -1}}, "step: .*base"),
         ({"speed": 3}, "unknown key speed"),
+        ({"scatter": {"speeds": [0.9, 1.1]}}, "scatter.spell"),
+        ({"scatter": {"speeds": [0.9, 1.0], "spell": 1}}, "scatter: .*mean is 0.95"),
+        ({"scatter": {"speeds": [1.0], "spell": 1, "law": "even"}}, "unknown key scatter.law"),
         ({"model": {"name": "m"}}, "model.dtype"),
     ],
 )

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cluster.dispatcher.scaling import ScalingConfig
 from cluster.simulation.answers import Answers
 from cluster.simulation.device import device
+from cluster.simulation.scatter import Scatter
 from cluster.simulation.simulation import Death
 from cluster.simulation.workloads.records import Span, WorkloadRequest
 from instance.load import Role
@@ -24,6 +25,22 @@ def test_the_same_seed_gives_the_same_run() -> None:
     assert summary(one) == summary(other)
     different = simulate(scenario(placement="random", seed=1), workload())[1]
     assert summary(different) != summary(one)
+
+
+SCATTERS = (Scatter((0.4, 0.9, 1.2, 1.5), 0.3), Scatter((0.75, 1.0, 1.25), 0.004))
+
+
+def test_steps_that_scatter_are_a_run_of_their_own_by_the_seed() -> None:
+    asked = workload()
+    scattered, again, other, even = (
+        simulate(scenario(seed=seed, scatter=scatter), asked)[1]
+        for seed, scatter in ((0, SCATTERS[0]), (0, SCATTERS[0]), (1, SCATTERS[0]), (0, None))
+    )
+    assert summary(scattered) == summary(again)
+    assert len({repr(summary(one)) for one in (scattered, other, even)}) == 3
+    assert all(len(one.times) == one.wanted for one in scattered.requests)
+    one_speed = simulate(scenario(scatter=Scatter((1.0,), 1e6)), asked)[1]
+    assert summary(one_speed) == summary(even)
 
 
 # To shrink a failing cluster takes far longer than to look at it.
@@ -39,6 +56,7 @@ SEARCH = settings(max_examples=16, phases=(Phase.explicit, Phase.generate))
     dies=st.booleans(),
     tenants=st.sampled_from((("one",), ("one", "two"))),
     theta=st.sampled_from((None, 60.0)),
+    scatter=st.sampled_from((None, *SCATTERS)),
 )
 def test_jumping_equals_stepping(
     seed: int,
@@ -48,6 +66,7 @@ def test_jumping_equals_stepping(
     dies: bool,
     tenants: tuple[str, ...],
     theta: float | None,
+    scatter: Scatter | None,
 ) -> None:
     deaths = (Death(2.345, 1, back_after=1.7),) if dies else ()
     runs = [
@@ -59,6 +78,7 @@ def test_jumping_equals_stepping(
                 jumps=jumps,
                 deaths=deaths,
                 theta=theta,
+                scatter=scatter,
             ),
             workload(30, rate=8.0, seed=seed, tenants=tenants),
         )[1]
