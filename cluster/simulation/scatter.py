@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from math import isfinite
 from statistics import fmean
 
-from instance.model.noise import position_key
-
 _EXACT = 1e-3
 """By how much the mean speed may differ from 1."""
 SHORTEST_SPELL = 1e-3
@@ -51,12 +49,13 @@ class Pace:
 
     def __init__(self, scatter: Scatter, seed: int, name: str) -> None:
         self._speeds, self._spell = scatter.speeds, scatter.spell
-        digest = hashlib.blake2b(f"pace\0{seed}\0{name}".encode(), digest_size=8).digest()
-        self._key = int.from_bytes(digest, "little")
+        self._key = hashlib.blake2b(f"pace\0{seed}\0{name}".encode(), digest_size=16).digest()
 
     def speed(self, spell: int) -> float:
         """In the spell of a number."""
-        return self._speeds[(position_key(self._key, spell) * len(self._speeds)) >> 64]
+        number = spell.to_bytes(8, "little")
+        digest = hashlib.blake2b(number, digest_size=8, key=self._key).digest()
+        return self._speeds[(int.from_bytes(digest, "little") * len(self._speeds)) >> 64]
 
     def end(self, began: float, seconds: float) -> float:
         """When a step ends that would take ``seconds`` at speed 1.

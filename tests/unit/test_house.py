@@ -55,6 +55,7 @@ SIMULATION_CORES = (
     "cluster/simulation/profile.py",
     "cluster/simulation/profile_check.py",
     "cluster/simulation/profile_fit.py",
+    "cluster/simulation/scatter.py",
 )
 CORE_FOLDERS = ("instance/kv", "cluster/dispatcher", "cluster/simulation/workloads")
 SHELLS = {
