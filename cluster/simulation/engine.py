@@ -65,6 +65,7 @@ class SimulatedEngine(Engine):
         jumps: Account for steps together where nothing else can happen.
         on_prefill: Told each sequence of whose prompt a step begins to compute some.
         pace: How durations scatter; None: not at all.
+        awaited: Whether somebody has to be told of the running step's end.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class SimulatedEngine(Engine):
         jumps: bool = True,
         on_prefill: Callable[[Sequence], None] = lambda sequence: None,
         pace: Pace | None = None,
+        awaited: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(
             executor,
@@ -102,6 +104,7 @@ class SimulatedEngine(Engine):
         self._answers = answers
         self._on_decodes = on_decodes
         self._on_prefill = on_prefill
+        self._awaited = awaited
         self._timer: TimerHandle | None = None
         self._ends_at = 0.0
         # Ends of the running step and of those that may follow it, and how many of them the
@@ -152,6 +155,7 @@ class SimulatedEngine(Engine):
             and running is not None
             and planned is not None
             and not (self._ends or self._at_boundary or self._released_since_launch)
+            and not self._awaited()
         ):
             self._begin_stretch(running, planned)
 

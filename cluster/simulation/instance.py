@@ -103,6 +103,8 @@ class SimulatedInstance:
             jumps,
             self._began,
             pace,
+            # A step's end tells that nobody waits any more.
+            awaited=lambda: self._emptied,
         )
         self.attempts = Attempts(self)
         self._prefixes = PrefixEvents()
@@ -126,9 +128,7 @@ class SimulatedInstance:
         if self.alive:
             self.engine.interrupt()
             call()
-            # The next step's end tells that nobody waits any more.
-            if not self._emptied:
-                self.engine.resume()
+            self.engine.resume()
 
     def later(self, delay: float, call: Callable[[], None]) -> TimerHandle:
         """Run a call here after ``delay`` seconds, if the instance still lives."""
