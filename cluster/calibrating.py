@@ -166,13 +166,13 @@ def measure(
     if quick and len(cases) > _QUICK_CASES:
         cases = cases[::2]
     measured = calibration.measure_steps(executor, cases, repeats, progress)
-    steps = [sample for _, sample in measured]
+    steps = [one.sample for one in measured]
     outward, inward = (
         calibration.measure_copies(copier, executor.num_blocks, way, repeats, progress)
         for way in (True, False)
     )
     link, links = calibration.measure_link(kv, executor.num_blocks, repeats, progress)
-    labels = [str(case) for case, _ in measured]
+    labels = [str(one.case) for one in measured]
     checks = check_fit(labels, steps, profile_fit.predict_step)
     for what, copies, predict in (
         ("to host memory", outward, profile_fit.predict_copy),
@@ -185,17 +185,20 @@ def measure(
         f"drover calibrate: {model.name}, {settings.threads} threads, {platform.machine()}, "
         f"{os.cpu_count()} cores"
     )
+    step = profile_fit.fit_steps(steps)
     profile = CostProfile(
         name=name or model.name,
         model=model,
-        step=profile_fit.fit_steps(steps),
+        step=step,
         copy_out=profile_fit.fit_copies(outward),
         copy_in=profile_fit.fit_copies(inward),
         link=link,
         num_blocks=executor.num_blocks - 1,
         num_host_blocks=max(0, settings.engine("cpu").swap.blocks(copier.block_bytes) - 1),
+        scatter=calibration.step_scatter(measured, step),
         sources={
             "step": f"{where}; {len(steps)} shapes, median of {repeats} steps each",
+            "scatter": f"{where}; the same steps beside what their fit says",
             "copy_out": where,
             "copy_in": where,
             "link": f"{where}; loopback, both ends in one process",

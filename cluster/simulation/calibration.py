@@ -13,6 +13,8 @@ import grpc.aio
 
 from cluster.simulation.profile import LinkCost
 from cluster.simulation.profile_fit import CopySample, StepSample, fit_link
+from cluster.simulation.scatter import Scatter
+from cluster.simulation.scatter_fit import Work, fit_scatter
 from instance import wire
 from instance.budget import attended
 from instance.config import MigrationConfig, SchedulerConfig
@@ -20,6 +22,7 @@ from instance.executor import Copier, CopyRun, Executor, KvPool, StepBatch, Step
 from instance.migration.transports.grpc import CopyStats, send_blocks, write_chunk
 from instance.request import Request, Row, SamplingParams, StepPlan
 from instance.request import Sequence as LiveSequence
+from instance.step_cost import StepCost
 from protos import migration_pb2 as pb
 from protos import migration_pb2_grpc
 
@@ -111,8 +114,23 @@ def run_step(executor: Executor, batch: StepBatch) -> StepResult:
     return result
 
 
-def measure_case(executor: Executor, case: Case, repeats: int) -> StepSample:
-    """The median step of a shape: decode rows grow from step to step, as in service.
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Steps of one shape, one after the other.
+
+    Attributes:
+        case: The shape.
+        sample: The median step.
+        seconds: What each took.
+    """
+
+    case: Case
+    sample: StepSample
+    seconds: tuple[float, ...]
+
+
+def measure_case(executor: Executor, case: Case, repeats: int) -> Measured:
+    """Steps of a shape: decode rows grow from step to step, as in service.
 
     Args:
         executor: Idle; what its KV pool holds is overwritten.
@@ -140,25 +158,39 @@ def measure_case(executor: Executor, case: Case, repeats: int) -> StepSample:
         result = run_step(executor, StepBatch.build(StepPlan(turn, rows), size))
         seconds.append(result.duration)
     middle = case.context + repeats // 2 + 2
-    return StepSample(
+    sample = StepSample(
         case.prefill,
         attended(case.start, case.prefill),
         case.decodes,
         case.decodes * middle,
         statistics.median(seconds[1:]),
     )
+    return Measured(case, sample, tuple(seconds[1:]))
 
 
 def measure_steps(
     executor: Executor, cases: Sequence[Case], repeats: int, progress: Progress
-) -> list[tuple[Case, StepSample]]:
+) -> list[Measured]:
     """Every case; see ``measure_case``."""
     found = []
     for number, case in enumerate(cases, 1):
-        sample = measure_case(executor, case, repeats)
-        progress(f"step {number}/{len(cases)}: {case}: {1000 * sample.seconds:.2f} ms")
-        found.append((case, sample))
+        found.append(measure_case(executor, case, repeats))
+        seconds = found[-1].sample.seconds
+        progress(f"step {number}/{len(cases)}: {case}: {1000 * seconds:.2f} ms")
     return found
+
+
+def step_scatter(measured: Sequence[Measured], cost: StepCost) -> Scatter | None:
+    """How these steps scatter around their costs: one by one, and over each shape's steps.
+
+    The steps of a shape follow each other, and shapes too, so slow spells show in both.
+    """
+    short, long = [], []
+    for one in measured:
+        predicted = one.sample.predicted(cost)
+        short += [Work(seconds, predicted) for seconds in one.seconds]
+        long.append(Work(sum(one.seconds), predicted * len(one.seconds)))
+    return fit_scatter(short, long)
 
 
 # ---- copies

@@ -171,7 +171,8 @@ class SimulatedEngine(Engine):
             left = ends_at(sequence) - start - 2
             if left < steps:
                 steps = left
-            if steps < 1 or sequence.silent:
+            # The last position of a prompt may be a row alone, and is charged as what it is.
+            if steps < 1 or sequence.silent or start < sequence.num_prompt:
                 return
         rows: dict[Account, int] = {}
         for row in running.rows:

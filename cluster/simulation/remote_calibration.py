@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pydantic import TypeAdapter
 from cluster.admin_client import AdminClient
 from cluster.replay.client import Answer, CompletionClient, ServerError
 from cluster.simulation.calibration import CalibrationError
+from cluster.simulation.mixed_load import Limits, measure_scatter
 from cluster.simulation.profile import CostProfile
 from cluster.simulation.profile_check import Check, check_fit
 from cluster.simulation.profile_fit import (
@@ -79,7 +81,9 @@ def calibrate_cluster(
 
     The time to the first token, over prompt lengths, and the time between tokens, over
     numbers of streams: all instances do the same at once, so that steps take as long as they
-    do where instances share a machine. What shows from inside only is taken from ``like``.
+    do where instances share a machine. Then a mixed load is sent, and simulated with what was
+    fitted: how far the two are apart, request by request, is how steps scatter. What shows from
+    inside only is taken from ``like``.
 
     Raises:
         CalibrationError: if something cannot be measured.
@@ -93,6 +97,7 @@ def calibrate_cluster(
     except (ServerError, ValueError) as error:
         raise CalibrationError(str(error)) from None
     samples = [*steps, *without_overhead(firsts, overhead)]
+    checks = check_fit(labels, samples, predict_step)
     one = found[0]
     where = f"drover calibrate --url, {len(found)} instances of {one.model.name}"
     profile = CostProfile(
@@ -115,7 +120,10 @@ def calibrate_cluster(
             "overhead": f"{where}; times to the first token, less a step each",
         },
     )
-    return profile, check_fit(labels, samples, predict_step)
+    limits = Limits(len(found), one.max_num_seqs)
+    scatter, mixed = measure_scatter(url, client_key, profile, limits, quick, progress)
+    sources = {**profile.sources, "scatter": f"{where}; a mixed load, beside its simulation"}
+    return dataclasses.replace(profile, scatter=scatter, sources=sources), [*checks, *mixed]
 
 
 async def _measure(

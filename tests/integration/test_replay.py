@@ -20,6 +20,7 @@ from cluster import cli
 from cluster.admin_client import AdminClient
 from cluster.replay.client import CompletionClient, ServerError
 from cluster.replay.run import Replay, ReplaySettings
+from cluster.simulation import mixed_load
 from cluster.simulation.calibration import CalibrationError
 from cluster.simulation.profile_files import load_profile
 from cluster.simulation.remote_calibration import members
@@ -216,13 +217,14 @@ def instances(count: int = 1, **changes: Any) -> dict[str, Any]:
 
 
 def test_a_cluster_is_measured_from_outside(
-    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def call(self: AdminClient, method: str, path: str, body: object = None) -> Any:
         assert (method, path) == ("GET", "/admin/instances")
         return instances()
 
     monkeypatch.setattr(AdminClient, "call", call)
+    monkeypatch.setattr(mixed_load, "QUICK_REQUESTS", 20)
     output = tmp_path / "cluster.yaml"
     assert cli.main(["calibrate", "--url", url, "--quick", "--name", "out", "-o", str(output)]) == 0
     profile = load_profile(str(output))
@@ -231,6 +233,9 @@ def test_a_cluster_is_measured_from_outside(
     assert profile.link == load_profile("llama-8b-a10").link
     assert "not measured" in profile.sources["link"]
     assert profile.overhead > 0
+    assert profile.scatter is not None
+    assert "mixed load" in profile.sources["scatter"]
+    assert "mixed load: mean time to the first token" in capsys.readouterr().err
     # A loaded machine only adds to what steps take.
     assert profile.step.of(0, 0, 4, 400) > 0.1 * COST.of(0, 0, 4, 400)
 

@@ -56,6 +56,7 @@ SIMULATION_CORES = (
     "cluster/simulation/profile_check.py",
     "cluster/simulation/profile_fit.py",
     "cluster/simulation/scatter.py",
+    "cluster/simulation/scatter_fit.py",
 )
 CORE_FOLDERS = ("instance/kv", "cluster/dispatcher", "cluster/simulation/workloads")
 SHELLS = {

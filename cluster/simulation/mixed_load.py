@@ -1,0 +1,200 @@
+"""How steps of a cluster that runs scatter: a mixed load, beside its simulation."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import NamedTuple
+
+import numpy as np
+
+from cluster.config import ServeConfig
+from cluster.replay.client import CompletionClient
+from cluster.replay.results import RequestResult
+from cluster.replay.run import Replay, ReplaySettings
+from cluster.simulation.calibration import CalibrationError
+from cluster.simulation.device import device
+from cluster.simulation.network import NetworkConfig
+from cluster.simulation.profile import CostProfile
+from cluster.simulation.profile_check import Check
+from cluster.simulation.scatter import Scatter
+from cluster.simulation.scatter_fit import Work, fit_scatter, shown_by
+from cluster.simulation.simulation import Scenario, Simulation
+from cluster.simulation.workloads.generators import single_requests
+from cluster.simulation.workloads.records import WorkloadRequest
+from instance.budget import attended
+
+REQUESTS, QUICK_REQUESTS = 160, 80
+_PROMPT = (64, 384)
+_OUTPUT = (24, 48)
+"""Least and most tokens of a request, where the model takes so many."""
+_RUNNING = 1.0
+"""Requests that run on an instance at the same time, on average."""
+_SEED = 5
+_SEEDS = 4
+"""Simulations under one law."""
+
+
+class Times(NamedTuple):
+    """Seconds of a request: to the first token, and from there to the last."""
+
+    first: float
+    rest: float
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the cluster is: equal instances, and how many sequences each runs at once."""
+
+    instances: int
+    max_num_seqs: int
+
+
+def mixed_load(profile: CostProfile, instances: int, count: int) -> list[WorkloadRequest]:
+    """Requests of mixed lengths at random times, so many that instances are busy but not full."""
+    rng = np.random.default_rng(_SEED)
+    room = min(profile.model.max_model_len, profile.num_blocks * profile.model.block_size)
+    prompts, outputs = (
+        rng.integers(min(least, most), most + 1, count)
+        for least, most in (
+            (_PROMPT[0], min(_PROMPT[1], room // 2)),
+            (_OUTPUT[0], min(_OUTPUT[1], room // 4)),
+        )
+    )
+    length, output, step = int(prompts.mean()), float(outputs.mean()), profile.step
+    alone = profile.overhead + step.of(length, attended(0, length), 0, 0)
+    alone += output * step.of(0, 0, 1, length)
+    arrivals = rng.exponential(alone / (_RUNNING * instances), count).cumsum()
+    return single_requests(arrivals.tolist(), prompts.tolist(), outputs.tolist())
+
+
+def measure_scatter(
+    url: str,
+    client_key: str,
+    profile: CostProfile,
+    limits: Limits,
+    quick: bool,
+    progress: Callable[[str], None],
+) -> tuple[Scatter | None, list[Check]]:
+    """Send a mixed load to a cluster, simulate it, and see how far the two are apart.
+
+    Args:
+        url: Of the cluster.
+        client_key: A key that its clients send.
+        profile: What it costs without scatter.
+        limits: Of its instances.
+        quick: Fewer requests.
+        progress: Told what came out.
+
+    Returns:
+        How steps scatter, and means over the load as measured and as simulated.
+
+    Raises:
+        CalibrationError: if nothing was answered.
+    """
+    asked = mixed_load(profile, limits.instances, QUICK_REQUESTS if quick else REQUESTS)
+    results = asyncio.run(_replayed(url, client_key, asked))
+    done = sorted(
+        (one for one in results if not one.failure and one.arrivals), key=lambda one: one.sent
+    )
+    if not done:
+        raise CalibrationError("no request of a mixed load was answered")
+    sent = [dataclasses.replace(asked[one.number], arrival=one.sent) for one in done]
+    seen = [Times(one.ttft, one.arrivals[-1] - one.arrivals[0]) for one in done]
+    simulated = Simulated(sent, profile, limits)
+    scatter = fitted(seen, simulated, profile.overhead)
+    found = simulated.times(scatter)
+    checks = [
+        Check(
+            f"mixed load: mean {what}",
+            fmean(getattr(one, name) for one in seen),
+            fmean(getattr(one, name) for one in found),
+        )
+        for what, name in (("time to the first token", "first"), ("time after it", "rest"))
+    ]
+    if scatter is None:
+        progress(f"mixed load: {len(seen)} answers tell of no scatter")
+    else:
+        low, high = scatter.speeds[0], scatter.speeds[-1]
+        progress(f"mixed load: speeds of {low:.2f} to {high:.2f}, {scatter.spell:.2f} s each")
+    return scatter, checks
+
+
+async def _replayed(url: str, key: str, asked: Sequence[WorkloadRequest]) -> list[RequestResult]:
+    async with CompletionClient(url, key) as client:
+        model, _ = await client.model()
+        # Contents of their own each time: no prefix cache shortens a prefill.
+        settings = ReplaySettings(
+            model,
+            await client.vocabulary(model),
+            secrets.randbits(32),
+            sampling={"temperature": 0.0},
+        )
+        replay = Replay(client, asked, settings)
+        await replay.run()
+    return replay.results
+
+
+class Simulated:
+    """A load whose requests come when they were really sent, simulated.
+
+    Args:
+        asked: The load.
+        profile: Of the instances; what it says of scatter is not looked at.
+        limits: Of the instances.
+    """
+
+    def __init__(
+        self, asked: Sequence[WorkloadRequest], profile: CostProfile, limits: Limits
+    ) -> None:
+        serve = ServeConfig(
+            max_num_seqs=limits.max_num_seqs, max_model_len=profile.model.max_model_len
+        )
+        self._asked = asked
+        self._profile = profile
+        self._instances = limits.instances
+        self._scenario = Scenario(
+            devices=(),
+            engine=serve.engine("cpu"),
+            dispatcher=serve.dispatcher(),
+            network=NetworkConfig().with_overhead(profile.overhead),
+        )
+
+    def times(self, scatter: Scatter | None, seed: int = 0) -> list[Times]:
+        """Of each request."""
+        made = device(dataclasses.replace(self._profile, scatter=scatter), 0.0)
+        scenario = dataclasses.replace(self._scenario, devices=(made,) * self._instances, seed=seed)
+        outcome = Simulation(scenario, self._asked).run()
+        return [
+            Times(one.times[0] - one.arrival, one.times[-1] - one.times[0])
+            for one in outcome.requests
+        ]
+
+
+def fitted(seen: Sequence[Times], simulated: Simulated, overhead: float) -> Scatter | None:
+    """The law under which simulations of a load differ as much as what was seen does.
+
+    Args:
+        seen: Times of the load's requests.
+        simulated: The load.
+        overhead: Seconds until a first token that are no steps.
+    """
+    even = simulated.times(None)
+
+    def fit(runs: Sequence[Sequence[Times]]) -> Scatter | None:
+        pairs = [pair for run in runs for pair in zip(run, even, strict=True)]
+        first = [(one.first - overhead, two.first - overhead) for one, two in pairs]
+        rest = [(one.rest, two.rest) for one, two in pairs]
+        short, long = ([Work(*one) for one in part if min(one) > 0.0] for part in (first, rest))
+        return fit_scatter(short, long)
+
+    measured = fit([seen])
+    if measured is None:
+        return None
+    return shown_by(
+        measured, lambda law: fit([simulated.times(law, seed) for seed in range(_SEEDS)])
+    )
