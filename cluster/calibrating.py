@@ -185,20 +185,19 @@ def measure(
         f"drover calibrate: {model.name}, {settings.threads} threads, {platform.machine()}, "
         f"{os.cpu_count()} cores"
     )
-    step = profile_fit.fit_steps(steps)
     profile = CostProfile(
         name=name or model.name,
         model=model,
-        step=step,
+        step=profile_fit.fit_steps(steps),
         copy_out=profile_fit.fit_copies(outward),
         copy_in=profile_fit.fit_copies(inward),
         link=link,
         num_blocks=executor.num_blocks - 1,
         num_host_blocks=max(0, settings.engine("cpu").swap.blocks(copier.block_bytes) - 1),
-        scatter=calibration.step_scatter(measured, step),
+        scatter=calibration.step_scatter(measured),
         sources={
             "step": f"{where}; {len(steps)} shapes, median of {repeats} steps each",
-            "scatter": f"{where}; the same steps beside what their fit says",
+            "scatter": f"{where}; the same steps beside the median of their shape",
             "copy_out": where,
             "copy_in": where,
             "link": f"{where}; loopback, both ends in one process",

@@ -22,7 +22,6 @@ from instance.executor import Copier, CopyRun, Executor, KvPool, StepBatch, Step
 from instance.migration.transports.grpc import CopyStats, send_blocks, write_chunk
 from instance.request import Request, Row, SamplingParams, StepPlan
 from instance.request import Sequence as LiveSequence
-from instance.step_cost import StepCost
 from protos import migration_pb2 as pb
 from protos import migration_pb2_grpc
 
@@ -180,17 +179,16 @@ def measure_steps(
     return found
 
 
-def step_scatter(measured: Sequence[Measured], cost: StepCost) -> Scatter | None:
-    """How these steps scatter around their costs: one by one, and over each shape's steps.
-
-    The steps of a shape follow each other, and shapes too, so slow spells show in both.
-    """
-    short, long = [], []
+def step_scatter(measured: Sequence[Measured]) -> Scatter | None:
+    """How steps scatter around the median step of their shape: the first that counts of each
+    shape, and those that follow."""
+    pairs = []
     for one in measured:
-        predicted = one.sample.predicted(cost)
-        short += [Work(seconds, predicted) for seconds in one.seconds]
-        long.append(Work(sum(one.seconds), predicted * len(one.seconds)))
-    return fit_scatter(short, long)
+        first, *rest = one.seconds
+        if rest:
+            usual = one.sample.seconds
+            pairs.append((Work(first, usual), Work(sum(rest), usual * len(rest))))
+    return fit_scatter(pairs)
 
 
 # ---- copies

@@ -186,11 +186,13 @@ def fitted(seen: Sequence[Times], simulated: Simulated, overhead: float) -> Scat
     even = simulated.times(None)
 
     def fit(runs: Sequence[Sequence[Times]]) -> Scatter | None:
-        pairs = [pair for run in runs for pair in zip(run, even, strict=True)]
-        first = [(one.first - overhead, two.first - overhead) for one, two in pairs]
-        rest = [(one.rest, two.rest) for one, two in pairs]
-        short, long = ([Work(*one) for one in part if min(one) > 0.0] for part in (first, rest))
-        return fit_scatter(short, long)
+        pairs = []
+        for run in runs:
+            for one, two in zip(run, even, strict=True):
+                first, predicted = one.first - overhead, two.first - overhead
+                if min(first, predicted, one.rest, two.rest) > 0.0:
+                    pairs.append((Work(first, predicted), Work(one.rest, two.rest)))
+        return fit_scatter(pairs)
 
     measured = fit([seen])
     if measured is None:

@@ -13,17 +13,15 @@ from cluster.simulation.scatter import SHORTEST_SPELL, Scatter
 
 _SPEEDS = 10
 """Speeds of a fitted law."""
-_ENDS = 0.1
-"""Share at either end that the spread of speeds leaves out: one stall is not a law."""
-_NORMAL = 2.563
-"""What is between these ends of a normal law, in standard deviations."""
+_ENDS = 0.05
+"""Share at either end that counts as if it were no further out: one stall is not a law."""
 _SLOWEST = 0.05
 """Least speed of a fitted law."""
+_SHORTEST, _LONGEST = 0.25, 4.0
+"""Spells are sought from so many times the first pieces of work to so many times the others."""
 _ROUNDS = 4
-_CORRECTION = 2.0
-"""Factor by which a round corrects a law at most."""
-_LONGEST = 4.0
-"""Spells are taken to be at most so many times as long as the longer pieces of work."""
+_CORRECTION = 3.0
+"""Factor by which a law is corrected at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,32 +37,38 @@ class Work:
         return self.predicted / self.seconds
 
 
-def fit_scatter(short: Sequence[Work], long: Sequence[Work]) -> Scatter | None:
+def fit_scatter(pairs: Sequence[tuple[Work, Work]]) -> Scatter | None:
     """Speeds and the length of a spell.
 
-    Mean speeds over a long time differ less than those over a short one, the less the shorter
-    the spells are: that tells their length. Speeds are those of the short pieces, so their
-    law has whatever shape was measured, scaled up by what averaging has taken from their
-    spread, and by their mean to a mean of 1.
+    The more of a speed is still there in what follows at once, the longer are the spells.
+    Speeds are those of the first pieces, so their law has whatever shape was measured, scaled
+    up by what averaging has taken from their spread, and by their mean to a mean of 1.
 
     Args:
-        short: Pieces of work that mostly lie within one spell.
-        long: Longer ones, measured under the same conditions.
+        pairs: Two pieces of work on one device, the second right after the first.
 
     Returns:
-        None where there are too few pieces, or all short ones have the same speed.
+        None where there are too few, or the first pieces all have the same speed.
     """
-    if min(len(short), len(long)) < _SPEEDS:
+    if len(pairs) < _SPEEDS:
         return None
-    speeds = _speeds(short)
-    spread = _spread(speeds)
-    if spread == 0.0:
+    (speeds, later), (first, second) = (
+        [np.array(column) for column in zip(*rows, strict=True)]
+        for rows in (
+            [(one.speed, two.speed) for one, two in pairs],
+            [(one.seconds, two.seconds) for one, two in pairs],
+        )
+    )
+    speeds = speeds / speeds.mean()
+    if np.ptp(speeds) == 0.0:
         return None
-    lengths = [float(np.mean([one.seconds for one in part])) for part in (short, long)]
-    spell = _spell(lengths[0], lengths[1], _spread(_speeds(long)) / spread)
+    near, following = _within(speeds), _within(later / later.mean())
+    variance = float(near.var())
+    lasting = float(np.cov(near, following, bias=True)[0, 1]) / variance if variance else 0.0
+    spell = _spell(float(first.mean()), float(second.mean()), lasting)
     groups = np.array_split(np.sort(speeds), _SPEEDS)
     means = np.array([group.mean() for group in groups])
-    return Scatter(_spread_by(means, _left(lengths[0] / spell) ** -0.5), spell)
+    return Scatter(_spread_by(means, _left(float(first.mean()) / spell) ** -0.5), spell)
 
 
 def shown_by(
@@ -80,21 +84,23 @@ def shown_by(
         simulated: What the same fit makes of a simulation of that load under a law.
         rounds: Of correcting the law by what it shows.
     """
-    law = measured
+    law, factor, longer = measured, 1.0, 1.0
     for _ in range(rounds):
         shown = simulated(law)
         if shown is None:
             break
-        factor, longer = (
-            min(_CORRECTION, max(1.0 / _CORRECTION, one))
-            for one in (
-                pstdev(measured.speeds) / pstdev(shown.speeds),
-                measured.spell / shown.spell,
-            )
-        )
-        speeds = _spread_by(np.array(law.speeds), factor)
-        law = Scatter(speeds, max(SHORTEST_SPELL, law.spell * longer))
+        # What requests meet only adds to what is taken for scatter, and does not last.
+        factor *= pstdev(measured.speeds) / pstdev(shown.speeds)
+        factor = min(1.0, max(1.0 / _CORRECTION, factor))
+        longer = min(_CORRECTION, max(1.0, longer * measured.spell / shown.spell))
+        speeds = _spread_by(np.array(measured.speeds), factor)
+        law = Scatter(speeds, max(SHORTEST_SPELL, measured.spell * longer))
     return law
+
+
+def _within(speeds: NDArray[np.float64]) -> NDArray[np.float64]:
+    low, high = np.quantile(speeds, (_ENDS, 1.0 - _ENDS))
+    return np.clip(speeds, low, high)
 
 
 def _spread_by(speeds: NDArray[np.float64], factor: float) -> tuple[float, ...]:
@@ -102,19 +108,6 @@ def _spread_by(speeds: NDArray[np.float64], factor: float) -> tuple[float, ...]:
     spread = np.maximum(_SLOWEST, 1.0 + (speeds - 1.0) * factor)
     made: tuple[float, ...] = tuple((spread / spread.mean()).tolist())
     return made
-
-
-def _speeds(work: Sequence[Work]) -> NDArray[np.float64]:
-    """Of each piece, relative to the mean of all."""
-    speeds: NDArray[np.float64] = np.array([one.speed for one in work])
-    relative: NDArray[np.float64] = speeds / speeds.mean()
-    return relative
-
-
-def _spread(speeds: NDArray[np.float64]) -> float:
-    """A standard deviation that ignores what is far out."""
-    low, high = np.quantile(speeds, (_ENDS, 1.0 - _ENDS))
-    return float(high - low) / _NORMAL
 
 
 def _left(spells: float) -> float:
@@ -125,16 +118,24 @@ def _left(spells: float) -> float:
     return 1.0 - spells / 3.0 if spells <= 1.0 else (1.0 - 1.0 / (3.0 * spells)) / spells
 
 
-def _spell(short: float, long: float, ratio: float) -> float:
-    """The length of spells at which spreads over two times have a ratio.
+def _lasting(first: float, second: float) -> float:
+    """Which part of a difference in mean speed over a time of ``first`` spells is still there
+    in the ``second`` spells that follow, on average."""
 
-    It lies between a length at which hardly anything is left over either time, and one at
-    which hardly anything is lost.
-    """
-    low, high = max(SHORTEST_SPELL, short / _LONGEST), max(SHORTEST_SPELL, long * _LONGEST)
+    def of_sum(spells: float) -> float:
+        return spells**2 * _left(spells)
+
+    both = of_sum(first + second) - of_sum(first) - of_sum(second)
+    return both / 2.0 / (first * second) / _left(first)
+
+
+def _spell(first: float, second: float, lasting: float) -> float:
+    """The length of spells at which that part of a difference lasts."""
+    low = max(SHORTEST_SPELL, first * _SHORTEST)
+    high = max(low, second * _LONGEST)
     for _ in range(40):
         middle = (low * high) ** 0.5
-        if _left(long / middle) < ratio**2 * _left(short / middle):
+        if _lasting(first / middle, second / middle) < lasting:
             low = middle
         else:
             high = middle

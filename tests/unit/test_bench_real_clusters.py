@@ -120,8 +120,11 @@ def real(factor: float) -> dict[str, float]:
 
 
 def test_a_percentile_may_be_off_by_what_real_runs_differ_by() -> None:
-    rows = simulation_fidelity.rows_of([real(90.0), real(100.0), real(115.0)], real(118.0))
+    rows = simulation_fidelity.rows_of(
+        [real(90.0), real(100.0), real(115.0)], [real(120.0), real(118.0), real(112.0)]
+    )
     by = {row["figure"]: row for row in rows}
+    assert by["TTFT mean"]["simulated_spread"] == pytest.approx(8 / 118)
     assert by["TTFT mean"]["off"] == pytest.approx(0.18)
     assert by["TTFT mean"]["spread"] == pytest.approx(0.25)
     holds = {one.name: one.holds for one in simulation_fidelity.targets_of(rows)}
@@ -132,7 +135,7 @@ def test_a_percentile_may_be_off_by_what_real_runs_differ_by() -> None:
         "TTFT P99 off by": True,
         "TPOT P99 off by": True,
     }
-    alike = simulation_fidelity.rows_of([real(100.0)] * 3, real(92.0))
+    alike = simulation_fidelity.rows_of([real(100.0)] * 3, [real(92.0)])
     assert all(one.holds for one in simulation_fidelity.targets_of(alike))
     assert {row["may_be"] for row in alike} == {0.10, 0.15}
 
@@ -140,7 +143,9 @@ def test_a_percentile_may_be_off_by_what_real_runs_differ_by() -> None:
 def test_the_simulation_is_that_of_the_command(tmp_path: Path) -> None:
     path = tmp_path / "profile.yaml"
     path.write_text(format_profile(load_profile("llama-8b-a10")))
-    found = simulation_fidelity.simulated(path, simulation_fidelity.QUICK_WORKLOAD)
+    found, again = simulation_fidelity.simulated(path, simulation_fidelity.QUICK_WORKLOAD, 2)
+    # Without scatter a seed only makes other words.
+    assert found == again
     assert set(found) == set(simulation_fidelity.FIGURES)
     # A step of this profile takes 27 ms at least, and figures are in milliseconds.
     assert 27 < found["TPOT mean"] < 100
