@@ -17,8 +17,9 @@ _ENDS = 0.05
 """Share at either end that counts as if it were no further out: one stall is not a law."""
 _SLOWEST = 0.05
 """Least speed of a fitted law."""
-_SHORTEST, _LONGEST = 0.25, 4.0
-"""Spells are sought from so many times the first pieces of work to so many times the others."""
+_LONGEST = 4.0
+"""Spells are sought from the length of the first pieces of work, within which nothing is told
+apart, to so many times that of the others."""
 _ROUNDS = 4
 _CORRECTION = 3.0
 """Factor by which a law is corrected at most."""
@@ -131,7 +132,7 @@ def _lasting(first: float, second: float) -> float:
 
 def _spell(first: float, second: float, lasting: float) -> float:
     """The length of spells at which that part of a difference lasts."""
-    low = max(SHORTEST_SPELL, first * _SHORTEST)
+    low = max(SHORTEST_SPELL, first)
     high = max(low, second * _LONGEST)
     for _ in range(40):
         middle = (low * high) ** 0.5
