@@ -55,29 +55,21 @@ class Binding:
         self._counter = counter
         self._theta = theta
         self._now = now
-        self._best: tuple[int, int] | None = None
+        self._most_slack: int | None = None
         self._reach: dict[int, float] | None = None
 
     def placed(self, ahead: bool) -> None:
         """A request was placed, ahead of the room for it or not."""
-        self._best = None
+        self._most_slack = None
         self._ahead -= ahead
 
     def may_run(self, tokens: int) -> bool:
         """A quick answer for the many requests that cannot; true where it is not sure."""
-        return self._run_ahead is None or self._most_room()[0] > tokens
-
-    def may_wait(self, account: Account) -> bool:
-        """The same of waiting at an instance."""
-        most = self._run_ahead
-        if most is None or self._most_room()[1] < most:
+        if self._run_ahead is None:
             return True
-        return self._may_preempt_somewhere(account)
-
-    def _most_room(self) -> tuple[int, int]:
-        if self._best is None:
-            self._best = self._table.most_room(self._now) or (-1, self._run_ahead or 0)
-        return self._best
+        if self._most_slack is None:
+            self._most_slack = self._table.most_slack(self._now)
+        return self._most_slack > tokens
 
     def to_run(self, candidates: Candidates, account: Account, tokens: int) -> Candidates | None:
         """Those of the instances that take up a request at once; None if none does.
@@ -123,13 +115,14 @@ class Binding:
         Every instance that runs one keeps its headroom free, so they share as long as they
         would leave it. The others' requests there end, or go away, and none follow.
         """
-        if not free.any():
+        count = np.count_nonzero(free)
+        if not count:
             return None
         if account[1] == RequestClass.INTERACTIVE:
             shared = free & (candidates.shared_room > tokens)
             if shared.any():
-                free = shared
-        return candidates.where(free)
+                return candidates.where(shared)
+        return candidates if count == len(candidates) else candidates.where(free)
 
     def _may_preempt_somewhere(self, account: Account) -> bool:
         if self._reach is None:

@@ -204,8 +204,9 @@ class Requests:
         return actions
 
     def _binding(self, now: float) -> Binding:
-        # Whoever has begun to run does not wait; if it is preempted, others went before it.
-        self._sent_ahead = {one for one in self._sent_ahead if one in self.waiting}
+        if self._sent_ahead:
+            # Whoever has begun to run does not wait; if it is preempted, others went before it.
+            self._sent_ahead = {one for one in self._sent_ahead if one in self.waiting}
         most = max(1, len(self._members.loads) // self.config.instances_per_wait)
         run_ahead = self.config.run_ahead if self.late_binding else None
         return Binding(
@@ -230,7 +231,7 @@ class Requests:
             request = held.request
             account, tokens = request.account, request.num_tokens
             found, ahead = None, False
-            if binding.may_run(tokens) or (not waits and binding.may_wait(account)):
+            if not waits or binding.may_run(tokens):
                 candidates = self._members.candidates(request, now, held.since)
                 if candidates is None:
                     continue  # it avoids the instances there are
@@ -304,7 +305,7 @@ class Requests:
     def expire(self, now: float, charge_lifetime: float) -> list[Action]:
         """Give up held requests that nobody waits for or that no instance can take."""
         actions: list[Action] = []
-        usable = self._members.table.most_room(now) is not None
+        usable = self._members.table.any_usable(now)
         for held in self.queues:
             request = held.request
             refusal: Refuse | None = None

@@ -231,18 +231,20 @@ class LoadTable:
         """Every instance that has a row."""
         return [load for load in self._loads if load is not None]
 
-    def most_room(self, now: float) -> tuple[int, int] | None:
-        """Over the instances that may take requests, the most slack and the least backlog;
-        None if there are none. Slack is in tokens, with the headroom."""
+    def most_slack(self, now: float) -> int:
+        """The most slack of an instance that may take requests, in tokens, with the headroom;
+        -1 if there is none."""
+        rows = self._usable_rows(now)
+        return int(np.maximum.reduce((self.slack + self.headroom)[rows], initial=-1))
+
+    def any_usable(self, now: float) -> bool:
+        """Whether any instance may take requests."""
+        return len(self._usable_rows(now)) > 0
+
+    def _usable_rows(self, now: float) -> NDArray[np.intp]:
         self.refresh(now)
         ready = self.all_ready(now)
-        usable = ready.rows if ready is not None else np.flatnonzero(self.usable(now - self.heard))
-        if not len(usable):
-            return None
-        return (
-            int(np.maximum.reduce((self.slack + self.headroom)[usable])),
-            int(np.minimum.reduce(self.backlog[usable])),
-        )
+        return ready.rows if ready is not None else np.flatnonzero(self.usable(now - self.heard))
 
     def usable(self, silent: Floats) -> Bools:
         """[rows] those that may take requests; ``silent`` [rows] are seconds without a report."""
