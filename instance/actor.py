@@ -21,7 +21,8 @@ from instance.leases import LedgerUpdate
 from instance.load import InstanceInfo, MigrationReport, Role
 from instance.model.resolve import Progress
 from instance.model.runner import make_executor
-from instance.server import InstanceServer, Reporter
+from instance.reporting import Reporter
+from instance.server import InstanceServer
 
 T = TypeVar("T")
 ExecutorFactory = Callable[[EngineConfig, Progress], Executor]
@@ -135,8 +136,8 @@ class InstanceActor:
         server = self._ready()
 
         async def set_draining() -> None:
-            server.draining = on
-            server.report_soon()
+            server.reports.draining = on
+            server.reports.soon()
 
         self._run(set_draining())
 
@@ -145,8 +146,8 @@ class InstanceActor:
         server = self._ready()
 
         async def set_role() -> None:
-            server.role = role
-            server.report_soon()
+            server.reports.role = role
+            server.reports.soon()
 
         self._run(set_role())
 
@@ -155,7 +156,7 @@ class InstanceActor:
         server = self._ready()
 
         async def tell() -> None:
-            server.tell_prefixes()
+            server.reports.tell_prefixes()
 
         self._run(tell())
 

@@ -1,4 +1,4 @@
-"""The gRPC server of an instance: streams to homes, migration, heartbeats and load reports."""
+"""The gRPC server of an instance: streams to homes, migration and heartbeats."""
 
 from __future__ import annotations
 
@@ -17,28 +17,18 @@ from instance.clock import RealClock
 from instance.config import EngineConfig
 from instance.engine import Engine
 from instance.executor import Executor
-from instance.figures import figures
 from instance.homes import HomeLink, tokens_message
-from instance.kv.prefix_events import PrefixEvents
 from instance.leases import LeasedCounters, LedgerUpdate
-from instance.load import (
-    InstanceInfo,
-    LoadReport,
-    MigrationFigures,
-    MigrationReport,
-    Role,
-    build_report,
-)
+from instance.load import InstanceInfo, MigrationFigures, MigrationReport
 from instance.migration.coordinator import MigrationCoordinator
 from instance.migration.epochs import EpochRegistry, SubmitDecision
+from instance.reporting import LoadReports, Reporter
 from instance.request import FinishReason, Sequence, SequenceStatus
 from instance.scheduler import Emission
 from protos import generate_pb2 as pb
 from protos import generate_pb2_grpc, migration_pb2_grpc
 
 logger = logging.getLogger(__name__)
-
-Reporter = Callable[[InstanceInfo | LoadReport], None]
 
 
 class InstanceServer(generate_pb2_grpc.GenerateServicer):
@@ -69,8 +59,6 @@ class InstanceServer(generate_pb2_grpc.GenerateServicer):
     ) -> None:
         self.instance_id = instance_id
         self.incarnation = incarnation
-        self.draining = False
-        self.role = Role.MIXED
         self._config = config
         self._token = token
         self._host = host
@@ -90,17 +78,20 @@ class InstanceServer(generate_pb2_grpc.GenerateServicer):
             lambda sequence: self.migrations.preempted(sequence),
             self.counters,
         )
-        self._prefixes = PrefixEvents()
-        if self.engine.prefix_caching:
-            self.engine.pool.prefix.watcher = self._prefixes
         self._links: dict[str, HomeLink] = {}
         self._epochs = EpochRegistry(config.migration.grace)
-        self.migrations = MigrationCoordinator(self, config.migration, token)
+        self.migrations: MigrationCoordinator = MigrationCoordinator(self, config.migration, token)
         self._grpc: grpc.aio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._report_number = 0
-        self._reported_waiting = False
-        self._report_due = asyncio.Event()
+        self.reports = LoadReports(
+            instance_id,
+            incarnation,
+            self.engine,
+            self.counters,
+            self._migration_figures,
+            config.report_interval,
+            reporter,
+        )
         self.info: InstanceInfo | None = None
 
     # ---- life
@@ -130,7 +121,7 @@ class InstanceServer(generate_pb2_grpc.GenerateServicer):
         )
         self._tasks = [
             asyncio.create_task(self._heartbeat()),
-            asyncio.create_task(self._report_loop()),
+            asyncio.create_task(self.reports.run()),
         ]
         if self._reporter is not None:
             self._reporter(self.info)
@@ -256,7 +247,7 @@ class InstanceServer(generate_pb2_grpc.GenerateServicer):
                 sequence,
                 tokens_message(sequence, sequence.num_output, (), FinishReason.ERROR, str(error)),
             )
-        self._report_due.set()
+        self.reports.soon()
 
     def cancel(self, request_id: str, epoch: int) -> None:
         """End what is held of a request up to this epoch and remember that it is void."""
@@ -269,7 +260,7 @@ class InstanceServer(generate_pb2_grpc.GenerateServicer):
             ended = link.ended.get(request_id)
             if ended is not None and ended.epoch <= epoch:
                 del link.ended[request_id]
-        self._report_due.set()
+        self.reports.soon()
 
     def _tell(self, link: HomeLink, ask: pb.Ask) -> None:
         sequence = self.engine.scheduler.sequences.get(ask.request_id) or link.ended.get(
@@ -331,12 +322,9 @@ class InstanceServer(generate_pb2_grpc.GenerateServicer):
                 )
             if reason:
                 self.note_epoch(sequence.request_id, sequence.epoch)
-                self._report_due.set()
+                self.reports.soon()
         self.migrations.step_ended(emissions)
-        # Whoever hands out requests must not wait to hear that nothing waits here any more.
-        emptied = self._reported_waiting and not self.engine.scheduler.waiting
-        if emptied or self.counters.due:
-            self._report_due.set()
+        self.reports.step_ended()
 
     # ---- what the migration coordinator needs
 
@@ -377,7 +365,7 @@ class InstanceServer(generate_pb2_grpc.GenerateServicer):
         """Remember an epoch as seen."""
         self._epochs.note(request_id, epoch, self.clock.now())
 
-    # ---- reports
+    # ---- life and death of homes
 
     async def _heartbeat(self) -> None:
         grace = self._config.migration.grace
@@ -405,55 +393,20 @@ class InstanceServer(generate_pb2_grpc.GenerateServicer):
             self.cancel(sequence.request_id, sequence.epoch)
         logger.warning("gateway %s is gone; ended its %d requests", gateway_id, len(owned))
 
-    async def _report_loop(self) -> None:
-        while True:
-            # Not wait_for: before Python 3.12 it may swallow the cancellation that ends this.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._config.report_interval):
-                    await self._report_due.wait()
-            self._report_due.clear()
-            if self._reporter is not None:
-                self._reporter(self.load())
-                if self._prefixes.pending:
-                    self.report_soon()
-            # Events within this time share a report.
-            await asyncio.sleep(min(0.03, self._config.report_interval))
+    # ---- what the actor needs
 
     def take_ledger(self, incarnation: str, update: LedgerUpdate) -> None:
         """Take over what is new in the cluster's ledger; one for an older start is ignored."""
         if incarnation == self.incarnation:
             self.counters.take(update)
 
-    def tell_prefixes(self) -> None:
-        """Report from now on as if nobody knew what the prefix cache holds."""
-        self._prefixes.restart(self.engine.pool.prefix.keys())
-        self.report_soon()
-
-    def report_soon(self) -> None:
-        """Something changed that the dispatcher should hear of."""
-        self._report_due.set()
-
-    def load(self) -> LoadReport:
-        """The state of this instance now."""
-        self._report_number += 1
+    def _migration_figures(self) -> MigrationFigures:
         migrations = self.migrations
-        self._reported_waiting = bool(self.engine.scheduler.waiting)
-        return build_report(
-            self.engine.scheduler,
-            MigrationFigures(
-                involves=migrations.involves,
-                reserved_blocks=migrations.reserved_blocks,
-                num_out=migrations.num_out,
-                num_in=migrations.num_in,
-            ),
-            instance_id=self.instance_id,
-            incarnation=self.incarnation,
-            number=self._report_number,
-            step_seconds=self.engine.step_seconds,
-            draining=self.draining,
-            figures=figures(self.engine),
-            role=self.role,
-            prefix=self._prefixes.take(),
+        return MigrationFigures(
+            involves=migrations.involves,
+            reserved_blocks=migrations.reserved_blocks,
+            num_out=migrations.num_out,
+            num_in=migrations.num_in,
         )
 
     async def migrate(

@@ -111,7 +111,7 @@ class MigrationCoordinator(migration_pb2_grpc.MigrationServicer):
         self._outgoing[name] = attempt
         attempt.report.add_done_callback(lambda _: self._outgoing.pop(name, None))
         attempt.start()
-        self._host.report_soon()
+        self._host.reports.soon()
         return await asyncio.shield(attempt.report)
 
     def _cannot_leave(self, sequence: Sequence | None, destination: InstanceInfo) -> str:
@@ -301,7 +301,7 @@ class MigrationCoordinator(migration_pb2_grpc.MigrationServicer):
         """Why an offer cannot be taken; "" if it can."""
         host, machine = self._host, attempt.machine
         engine = host.engine
-        if host.draining:
+        if host.reports.draining:
             return "draining"
         if attempt.model != wire.model_to_wire(engine.model):
             return "another model, type or block size"

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from instance.clock import Clock
 from instance.engine import Engine
+from instance.reporting import LoadReports
 from instance.request import Sequence
 from protos import generate_pb2 as pb
 
@@ -15,8 +16,8 @@ class MigrationHost(Protocol):
 
     instance_id: str
     incarnation: str
-    draining: bool
     engine: Engine
+    reports: LoadReports
 
     @property
     def clock(self) -> Clock:
@@ -36,6 +37,3 @@ class MigrationHost(Protocol):
 
     def offer_epoch(self, request_id: str, epoch: int) -> bool:
         """False if a newer epoch than this was seen here."""
-
-    def report_soon(self) -> None:
-        """Something changed that the dispatcher should hear of."""

@@ -140,7 +140,7 @@ class IncomingMigration:
                     pass  # the scheduler's patch gives a late arrival its row
                 case m.Ended(outcome):
                     logger.debug("migration %s ended here: %s", self.machine.attempt, outcome)
-                    self._host.report_soon()
+                    self._host.reports.soon()
         self._schedule()
 
     def _schedule(self) -> None:

@@ -274,4 +274,4 @@ class OutgoingMigration:
                     detached=0.0 if detached is None else now - detached,
                 )
             )
-        self._host.report_soon()
+        self._host.reports.soon()

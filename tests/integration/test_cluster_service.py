@@ -107,7 +107,7 @@ class Instance:
         self.server = server
         self.take_ledger = server.take_ledger
         self.migrate = server.migrate
-        self.tell_prefixes = server.tell_prefixes
+        self.tell_prefixes = server.reports.tell_prefixes
 
     def copy_ledger(self) -> tuple[str, Any]:
         return self.server.incarnation, self.server.counters.copy()

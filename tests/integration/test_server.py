@@ -217,7 +217,7 @@ async def test_a_swapped_out_request_moves_from_the_host(servers: Servers) -> No
 async def test_reserve_is_refused_with_a_reason(servers: Servers) -> None:
     await servers.add("a")
     draining = await servers.add("draining")
-    draining.draining = True
+    draining.reports.draining = True
     await servers.add("other", model=dataclasses.replace(MODEL, dtype="float64"))
     await servers.add("small", blocks=6)
     want = await expected(servers)
