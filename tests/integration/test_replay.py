@@ -233,9 +233,11 @@ def test_a_cluster_is_measured_from_outside(
     assert profile.link == load_profile("llama-8b-a10").link
     assert "not measured" in profile.sources["link"]
     assert profile.overhead > 0
-    assert profile.scatter is not None
+    # Whether so short a load tells of scatter is a matter of the machine.
     assert "mixed load" in profile.sources["scatter"]
-    assert "mixed load: mean time to the first token" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert re.search(r"mixed load: (speeds of \d|20 answers tell of no scatter)", told)
+    assert "mixed load: mean time to the first token" in told
     # A loaded machine only adds to what steps take.
     assert profile.step.of(0, 0, 4, 400) > 0.1 * COST.of(0, 0, 4, 400)
 
