@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -64,7 +65,7 @@ def test_instances_count_from_their_order_on_within_the_time_that_counts() -> No
     states = {"a": InstanceState.READY, "b": InstanceState.DRAINING, "c": InstanceState.GONE}
     members = SimpleNamespace(loads=dict.fromkeys(states), state=lambda name, now: states[name])
     scaler = SimpleNamespace(orders=dict, leaving={"b"})
-    core = SimpleNamespace(members=members, scaler=scaler)
+    core: Any = SimpleNamespace(members=members, scaler=scaler)
     fleet = bench.Fleet(10.0, 20.0)
     fleet.after(core, Tick(), [], 8.0)  # 2 instances, one of which leaves
     fleet.after(core, Tick(), [], 14.0)
