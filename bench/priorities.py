@@ -205,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
     made = campaign.options(__doc__ or "", "priorities")
     made.add_argument("--rates", type=float, nargs="+", default=RATES)
     made.add_argument("--requests", type=int, default=2000)
-    made.add_argument("--seeds", type=int, default=1)
+    made.add_argument("--seeds", type=int, default=3)
     given = made.parse_args(arguments)
     runs = runs_of(given.quick, given.rates, given.requests, given.seeds)
     results = campaign.run_all(runs, given.runs, given.workers)
