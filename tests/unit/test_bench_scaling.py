@@ -42,14 +42,13 @@ def test_bands_of_one_width_make_a_line_and_the_better_one_counts() -> None:
     assert bench.instances_at({**wide, **narrow}, 4.0) == 7.0
 
 
-def test_shares_are_of_one_seed_and_of_those_that_reach_the_level() -> None:
-    one = {
-        bench.OURS: points((3.0, 16.0), (6.0, 1.0)),
-        bench.OTHER: points((4.0, 16.0), (8.0, 1.0)),
-    }
-    slow = {bench.OURS: points((3.0, 16.0)), bench.OTHER: points((4.0, 1.0))}
-    assert bench.shares({1: one, 2: slow}, 4.0) == pytest.approx([0.75])
-    assert bench.shares({1: one, 2: slow}, 16.0) == pytest.approx([0.75, 0.75])
+def test_shares_are_of_one_seed() -> None:
+    ours, other = points((3.0, 16.0), (6.0, 1.0)), points((4.0, 16.0), (8.0, 1.0))
+    assert bench.shares({1: {bench.OURS: ours, bench.OTHER: other}}, 4.0) == pytest.approx([0.75])
+    slow = points((5.0, 16.0), (4.0, 20.0))
+    seeds = {1: {bench.OURS: ours, bench.OTHER: slow}, 2: {bench.OURS: slow, bench.OTHER: other}}
+    # 4.5 instances where 5 are too few for the other; and one that is never good enough.
+    assert bench.shares(seeds, 4.0) == pytest.approx([4.5 / 5.0, math.inf])
 
 
 def test_the_verdict_is_per_load() -> None:
