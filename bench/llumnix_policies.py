@@ -64,7 +64,7 @@ FORMS = {"development": (3000, 4), "verdict": (10_000, 16)}
 """Requests of a run, and instances."""
 THRESHOLDS = (1.5, 3.0, 10.0, 30.0)
 """Remaining steps that divide Llumnix's sources from its destinations, to sweep."""
-BEST_THRESHOLD = {"s-s": 3.0, "m-m": 3.0, "l-l": 3.0, "s-l": 3.0, "l-s": 3.0, "sharegpt": 3.0}
+BEST_THRESHOLD = {"s-s": 3.0, "m-m": 3.0, "l-l": 3.0, "s-l": 30.0, "l-s": 3.0, "sharegpt": 3.0}
 """Those with the least P99 TTFT, by the sweep."""
 POLICIES = {
     "round robin": "round_robin",
