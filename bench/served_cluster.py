@@ -25,9 +25,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from bench import campaign
 from cluster.admin_client import AdminClient
 from cluster.ray_setup import free_port
-from cluster.replay.client import CompletionClient
 from cluster.replay.results import RequestResult
-from cluster.replay.run import Replay, ReplaySettings
+from cluster.replay.run import Replay, replay_greedily
 from cluster.simulation.workloads.records import WorkloadRequest
 
 START = 900.0
@@ -136,15 +135,9 @@ def replayed(
 
     async def run() -> Replay:
         watching = asyncio.create_task(watch())
-        async with CompletionClient(url) as client:
-            model, _ = await client.model()
-            settings = ReplaySettings(
-                model, await client.vocabulary(model), seed, sampling={"temperature": 0.0}
-            )
-            replay = Replay(client, requests, settings)
-            await replay.run()
-            watching.cancel()
-            return replay
+        replay = await replay_greedily(url, "", requests, seed)
+        watching.cancel()
+        return replay
 
     done = asyncio.run(run())
     if longest > STOOD_STILL:

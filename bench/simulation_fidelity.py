@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench import served_cluster
+from bench import campaign, served_cluster
 from bench.report import Target, finish, median, print_table
 from cluster.admin_client import AdminClient
 from cluster.replay.results import summarize
@@ -100,13 +100,12 @@ def simulated(profile: Path, workload: str, runs: int) -> list[dict[str, float]]
     for number in range(runs):
         seeded = dataclasses.replace(scenario, seed=SEED + number)
         found = simulated_results.summarize(Simulation(seeded, plan.workload).run())
-        figures = {}
-        for name, (_, path, factor) in FIGURES.items():
-            value: Any = found
-            for key in path:
-                value = value[key]
-            figures[name] = factor * value
-        made.append(figures)
+        made.append(
+            {
+                name: factor * campaign.found(found, path)
+                for name, (_, path, factor) in FIGURES.items()
+            }
+        )
     return made
 
 

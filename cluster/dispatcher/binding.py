@@ -87,10 +87,7 @@ class Binding:
 
     def to_wait(self, candidates: Candidates, account: Account, tokens: int) -> Candidates | None:
         """Those at which a request may wait, for memory or for a slot of the batch, or None."""
-        most = self._run_ahead
-        if most is None:
-            return candidates
-        free = candidates.backlog < most
+        free = candidates.backlog < (self._run_ahead or 0)
         if self._ahead <= 0:
             free &= candidates.full_batch
         return self._if_any(candidates, free, account, tokens)

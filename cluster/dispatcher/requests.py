@@ -158,7 +158,7 @@ class Requests:
         if request.time_left <= 0.0:
             return [self._refuse(request, 408, "its deadline has passed", "deadline_exceeded")]
         held = Held(request, now, now, now + request.time_left)
-        self._sent_ahead.discard(request_id)  # a replay: its instance is gone
+        self._sent_ahead.discard(request_id)  # what was sent ahead was an older epoch
         self.queues.add(held)
         self.waiting.held(request_id, request.epoch, account, now)
         actions = self._serve(self.queues.queue_of(held), self._binding(now), now)

@@ -180,3 +180,23 @@ class Replay:
                 result.failure, result.detail = error.kind, str(error)
                 end = None
         self._ends[key].set_result(end)
+
+
+async def replay_greedily(
+    url: str, key: str, requests: Sequence[WorkloadRequest], seed: int
+) -> Replay:
+    """Replay a workload on the first model of a server, each token the likeliest.
+
+    Args:
+        url: Of the server.
+        key: API key; "" for none.
+        requests: The workload.
+        seed: Of the prompts' contents.
+    """
+    async with CompletionClient(url, key) as client:
+        model, _ = await client.model()
+        vocabulary = await client.vocabulary(model)
+        settings = ReplaySettings(model, vocabulary, seed, sampling={"temperature": 0.0})
+        replay = Replay(client, requests, settings)
+        await replay.run()
+    return replay

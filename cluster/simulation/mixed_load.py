@@ -13,9 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cluster.config import ServeConfig
-from cluster.replay.client import CompletionClient
-from cluster.replay.results import RequestResult
-from cluster.replay.run import Replay, ReplaySettings
+from cluster.replay.run import replay_greedily
 from cluster.simulation.calibration import CalibrationError
 from cluster.simulation.device import device
 from cluster.simulation.network import NetworkConfig
@@ -97,9 +95,11 @@ def measure_scatter(
         CalibrationError: if nothing was answered.
     """
     asked = mixed_load(profile, limits.instances, QUICK_REQUESTS if quick else REQUESTS)
-    results = asyncio.run(_replayed(url, client_key, asked))
+    # Contents of their own each time: no prefix cache shortens a prefill.
+    replay = asyncio.run(replay_greedily(url, client_key, asked, secrets.randbits(32)))
     done = sorted(
-        (one for one in results if not one.failure and one.arrivals), key=lambda one: one.sent
+        (one for one in replay.results if not one.failure and one.arrivals),
+        key=lambda one: one.sent,
     )
     if not done:
         raise CalibrationError("no request of a mixed load was answered")
@@ -122,21 +122,6 @@ def measure_scatter(
         low, high = scatter.speeds[0], scatter.speeds[-1]
         progress(f"mixed load: speeds of {low:.2f} to {high:.2f}, {scatter.spell:.2f} s each")
     return scatter, checks
-
-
-async def _replayed(url: str, key: str, asked: Sequence[WorkloadRequest]) -> list[RequestResult]:
-    async with CompletionClient(url, key) as client:
-        model, _ = await client.model()
-        # Contents of their own each time: no prefix cache shortens a prefill.
-        settings = ReplaySettings(
-            model,
-            await client.vocabulary(model),
-            secrets.randbits(32),
-            sampling={"temperature": 0.0},
-        )
-        replay = Replay(client, asked, settings)
-        await replay.run()
-    return replay.results
 
 
 class Simulated:
