@@ -359,7 +359,7 @@ class ServeConfig:
         integer(0),
         "N",
         _POLICY,
-        "KV blocks kept free on an instance that runs interactive requests",
+        "KV blocks that others leave beside interactive requests while they have room elsewhere",
     )
     migration_tail_blocks: int = setting(
         2,

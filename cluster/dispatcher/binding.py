@@ -74,6 +74,10 @@ class Binding:
     def to_run(self, candidates: Candidates, account: Account, tokens: int) -> Candidates | None:
         """Those of the instances that take up a request at once; None if none does.
 
+        Headroom is what others leave as long as they have room elsewhere. A standard request
+        takes it rather than wait, and may be moved away again: kept whatever waits, it would
+        turn a cluster with memory to spare into one without. Batch requests wait.
+
         Args:
             account: Whose request it is.
             tokens: Tokens of it that are known.
@@ -81,9 +85,13 @@ class Binding:
         if self._run_ahead is None:
             return candidates
         slack = candidates.slack
-        if account[1] == RequestClass.INTERACTIVE:
+        found = None
+        if account[1] != RequestClass.INTERACTIVE:
+            found = self._if_any(candidates, slack > tokens, account, tokens)
+        if found is None and account[1] != RequestClass.BATCH:
             slack = slack + candidates.headroom
-        return self._if_any(candidates, slack > tokens, account, tokens)
+            found = self._if_any(candidates, slack > tokens, account, tokens)
+        return found
 
     def to_wait(self, candidates: Candidates, account: Account, tokens: int) -> Candidates | None:
         """Those at which a request may wait, for memory or for a slot of the batch, or None."""

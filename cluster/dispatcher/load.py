@@ -26,9 +26,9 @@ class LoadConfig:
         gone_after: Seconds without a report after which it is gone.
         forget_after: Seconds without a report after which it is forgotten.
         charge_lifetime: Seconds that a charge lasts which no report confirms.
-        headroom_blocks: KV blocks kept free on an instance that runs interactive
-            sequences (Llumnix, section 4.4.2: the memory above which the ideal decode speed
-            is lost). 0 treats every class alike.
+        headroom_blocks: KV blocks that others leave free on an instance that runs interactive
+            sequences, while they have room elsewhere (Llumnix, section 4.4.2: the memory above
+            which the ideal decode speed is lost). 0 treats every class alike.
     """
 
     report_interval: float = 0.5

@@ -109,6 +109,37 @@ def test_interactive_requests_share_instances_while_these_keep_their_headroom() 
     assert placed(core.handle(PlaceRequested(ask("r9")), 0.1)) == ["i0"]
 
 
+def test_others_take_headroom_rather_than_wait_but_not_batch_requests() -> None:
+    core = dispatcher(run_ahead=1, load=LoadConfig(headroom_blocks=60))
+    core.handle(Joined(info("i0", blocks=100)), 0.0)
+    urgent = (sequence("a", 30, request_class=INTERACTIVE),)
+    core.handle(Reported(report("i0", 1, urgent, blocks=100)), 0.0)
+
+    def goes(name: str, request_class: RequestClass = STANDARD) -> list[str]:
+        return placed(core.handle(PlaceRequested(ask(name, request_class=request_class)), 0.1))
+
+    # Each wants 7 blocks: one has room beside the headroom, the next uses it.
+    assert goes("r0") == goes("r1") == ["i0"]
+    # One of batch is sent ahead, as everywhere; the next waits, and others pass it.
+    assert goes("b0", BATCH) == ["i0"]
+    assert goes("b1", BATCH) == []
+    assert goes("r2") == ["i0"]
+    assert core.num_held == 1
+
+
+def test_headroom_is_left_while_there_is_room_elsewhere() -> None:
+    core = dispatcher(run_ahead=1, load=LoadConfig(headroom_blocks=60))
+    urgent = (sequence("a", 30, request_class=INTERACTIVE),)
+    for name, held in {"i0": urgent, "i1": (sequence("b", 80),)}.items():
+        core.handle(Joined(info(name, blocks=100)), 0.0)
+        core.handle(Reported(report(name, 1, held, blocks=100)), 0.0)
+    asked = [core.handle(PlaceRequested(ask(f"r{n}", arrival=n)), 0.1) for n in range(4)]
+    # Room for one beside the headroom of i0, and for two on i1.
+    names = [name for actions in asked for name in placed(actions)]
+    assert sorted(names[:3]) == ["i0", "i1", "i1"]
+    assert names[3:] == ["i0"]
+
+
 @given(
     st.lists(
         st.tuples(
