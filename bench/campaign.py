@@ -15,6 +15,7 @@ import math
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -108,7 +109,7 @@ def run_all(runs: Iterable[Run], folder: Path, workers: int) -> list[dict[str, A
     missing = [run for name, run in named.items() if not (folder / name).exists()]
     began = time.monotonic()
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
         jobs = {pool.submit(run_to_file, run, folder): run for run in missing}
         try:
             for number, job in enumerate(concurrent.futures.as_completed(jobs), 1):
@@ -123,6 +124,19 @@ def run_all(runs: Iterable[Run], folder: Path, workers: int) -> list[dict[str, A
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [json.loads((folder / run.file_name).read_text()) for run in wanted]
+
+
+def _end_with_parent() -> None:
+    """Let this worker end when the bench does, however that ends; a run takes minutes."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 # ---- what runs are made of

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +33,21 @@ class Sum:
         return {"sum": self.one + self.other}
 
 
+@dataclass(frozen=True)
+class Endless:
+    """A run that says who executes it, and goes on."""
+
+    folder: str
+    file_name = "endless.json"
+
+    def execute(self) -> dict[str, Any]:
+        path = Path(self.folder, "pid")
+        path.with_suffix(".part").write_text(str(os.getpid()))
+        path.with_suffix(".part").replace(path)
+        while True:
+            time.sleep(0.05)
+
+
 def test_a_name_depends_on_run_and_settings() -> None:
     names = {
         campaign.file_name(("a b", 7.5), {"kv": kv}, Sum(1, other))
@@ -48,6 +69,36 @@ def test_results_come_in_the_order_asked_for_and_files_are_not_made_again(tmp_pa
     for run in runs:
         (tmp_path / run.file_name).write_text(json.dumps({"sum": -run.one}))
     assert campaign.run_all(runs, tmp_path, 1) == [{"sum": -3}, {"sum": -1}, {"sum": -3}]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_the_bench(tmp_path: Path, number: int) -> None:
+    code = (
+        "import sys; from pathlib import Path; from bench import campaign;"
+        "from tests.unit.test_bench_campaign import Endless;"
+        "campaign.run_all([Endless(sys.argv[1])], Path(sys.argv[1]), 1)"
+    )
+    bench = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    try:
+        worker = Path("/proc", eventually((tmp_path / "pid").read_text))
+        assert worker.exists()
+        bench.send_signal(number)
+        assert bench.wait(30) == -number
+        eventually(lambda: [] if worker.exists() else [True])
+    finally:
+        bench.kill()
+
+
+def eventually(found: Callable[[], Any]) -> Any:
+    """What ``found`` returns once it returns something."""
+    for _ in range(600):
+        try:
+            if there := found():
+                return there
+        except FileNotFoundError:
+            pass
+        time.sleep(0.05)
+    raise AssertionError("not within 30 s")
 
 
 def test_means_of_ratios_and_where_they_lie() -> None:
