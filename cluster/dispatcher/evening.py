@@ -13,7 +13,7 @@ from typing import Protocol
 from cluster.dispatcher.rebalance import Move, Round, compatible, has_room, suits
 from cluster.dispatcher.views import InstanceState, LoadView
 from instance.load import InstanceInfo, SequenceLoad
-from instance.request import Account
+from instance.request import Account, RequestClass
 
 _Waiting = tuple[str, SequenceLoad]
 """The instance at which a sequence waits, and the sequence."""
@@ -40,6 +40,7 @@ def plan_fairness(plan: Round, order: Order) -> None:
     half of that. Tenants are compared within a class, those furthest behind first. Such a
     request has no KV to move, so the loads need not stand still for it.
     """
+    standing = _Standing(plan, order)
     waiting: dict[Account, list[_Waiting]] = {}
     queued: dict[str, set[Account]] = {}
     for name, view in plan.views.items():
@@ -51,12 +52,14 @@ def plan_fairness(plan: Round, order: Order) -> None:
                     waiting.setdefault(one.account, []).append((name, one))
     for account in sorted(waiting, key=lambda one: (one[1], order.counter(one), one[0])):
         left, left_at = _first_ones(plan, waiting[account])
+        if not left:
+            continue
         freest = sorted(
             plan.views.values(), key=lambda v: (v.rebalancing_freeness(), v.instance_id)
         )
         for name in [view.instance_id for view in reversed(freest)]:
             if account not in queued[name] and plan.light_slot(name):
-                taken = _take(plan, plan.views[name], left, left_at, order)
+                taken = _take(plan, plan.views[name], account, left, left_at, standing)
                 if taken is not None:
                     left.remove(taken)
                     left_at[taken[0]] -= 1
@@ -84,23 +87,66 @@ def _first_ones(plan: Round, waiting: list[_Waiting]) -> tuple[list[_Waiting], C
     return first, Counter(name for name, _ in waiting)
 
 
+class _Standing:
+    """How far those are ahead that an instance runs, and those that wait there, by class.
+
+    Neither changes within a round.
+    """
+
+    def __init__(self, plan: Round, order: Order) -> None:
+        self._order = order
+        self._ahead: dict[tuple[str, RequestClass], float] = {}
+        self._behind: dict[tuple[str, RequestClass], float] = {}
+        counters: dict[Account, float] = {}
+        for name, sequences in plan.sequences.items():
+            for one in sequences:
+                account = one.account
+                counter = counters.get(account)
+                if counter is None:
+                    counter = counters[account] = order.counter(account)
+                key = name, one.request_class
+                if one.running:
+                    self._ahead[key] = max(counter, self._ahead.get(key, counter))
+                else:
+                    self._behind[key] = min(counter, self._behind.get(key, counter))
+
+    def may_preempt(self, view: LoadView, account: Account) -> bool:
+        """Whether an instance runs requests of a tenant that this one may preempt, and nobody
+        waits there."""
+        ahead = self._ahead.get((view.instance_id, account[1]))
+        if view.waiting or ahead is None:
+            return False
+        return ahead > self._order.counter(account) + self._order.theta(view.info)
+
+    def would_pass(self, view: LoadView, account: Account) -> bool:
+        """Whether all that waits on an instance is of tenants well ahead of this one."""
+        behind = self._behind.get((view.instance_id, account[1]))
+        if behind is None:
+            return False
+        return behind > self._order.counter(account) + self._order.theta(view.info) / 2
+
+
 def _take(
     plan: Round,
     taker: LoadView,
+    account: Account,
     waiting: list[_Waiting],
     left_at: Counter[str],
-    order: Order,
+    standing: _Standing,
 ) -> _Waiting | None:
     """Plan a move of one of a tenant's waiting requests to an instance; returns which."""
     if taker.state is not InstanceState.READY:
         return None
+    preempts = standing.may_preempt(taker, account)
+    passes = standing.would_pass(taker, account)
+    if taker.waiting and not passes:
+        return None
     for name, sequence in waiting:
         source = plan.views[name]
-        if not plan.light_slot(name) or not compatible(source, taker) or not suits(taker, sequence):
-            continue
-        at_once = has_room(taker, sequence) or _may_preempt(plan, taker, sequence, order)
         # The last one there stays, unless it runs at once elsewhere.
-        if not at_once and (left_at[name] < 2 or not _would_pass(plan, taker, sequence, order)):
+        if not (passes and left_at[name] > 1) and not preempts and not has_room(taker, sequence):
+            continue
+        if not plan.light_slot(name) or not compatible(source, taker) or not suits(taker, sequence):
             continue
         if plan.patience(sequence) - plan.cost(source, taker, sequence) <= plan.config.min_gain:
             continue
@@ -109,26 +155,3 @@ def _take(
         plan.add(move, there.index(sequence))
         return name, sequence
     return None
-
-
-def _would_pass(plan: Round, view: LoadView, sequence: SequenceLoad, order: Order) -> bool:
-    """Whether all that waits on an instance is of tenants well ahead of the sequence's."""
-    reach = order.counter(sequence.account) + order.theta(view.info) / 2
-    there = [
-        other
-        for other in plan.sequences.get(view.instance_id, ())
-        if not other.running and other.request_class == sequence.request_class
-    ]
-    return bool(there) and all(order.counter(other.account) > reach for other in there)
-
-
-def _may_preempt(plan: Round, view: LoadView, sequence: SequenceLoad, order: Order) -> bool:
-    if view.waiting:
-        return False
-    reach = order.counter(sequence.account) + order.theta(view.info)
-    return any(
-        other.running
-        and other.request_class == sequence.request_class
-        and order.counter(other.account) > reach
-        for other in plan.sequences[view.instance_id]
-    )

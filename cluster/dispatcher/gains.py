@@ -96,7 +96,7 @@ def _make_room(plan: Round, view: LoadView, head: SequenceLoad, worth: float) ->
         chosen = movable[: min(plan.config.defragment_moves, plan.budget, plan.slots[name])]
     if sum(s.blocks for s in chosen) < need:
         return
-    others = {key: other for key, other in plan.views.items() if plan.takes_part(other)}
+    others = {other.instance_id: other for other in plan.takers()}
     moves: list[Move] = []
     spent, gained = 0.0, 0
     for sequence in chosen:

@@ -267,11 +267,13 @@ class Round:
     expected: Mapping[str, Set[Account]] = field(default_factory=dict)
     moves: list[Move] = field(default_factory=list)
     _moved: set[str] = field(default_factory=set)
+    _takers: list[LoadView] | None = None
 
     def add(self, move: Move, position: int | None = None) -> None:
         """Plan a move; ``position`` is the sequence's place among the waiting."""
         self.moves.append(move)
         self.budget -= 1
+        self._takers = None
         self._moved.add(move.sequence.request_id)
         for name in (move.source, move.destination):
             self.slots[name] -= 1
@@ -317,13 +319,22 @@ class Round:
         name = view.instance_id
         return view.state is InstanceState.READY and name in self.settled and self.free_slot(name)
 
+    def takers(self) -> list[LoadView]:
+        """Instances that may take what moves for gain, and where nobody waits; the freest first."""
+        if self._takers is None:
+            there = [view for view in self.sources() if not view.waiting]
+            there.sort(key=lambda v: (v.rebalancing_freeness(), v.instance_id), reverse=True)
+            self._takers = there
+        return self._takers
+
     def destination(self, source: LoadView, sequence: SequenceLoad) -> LoadView | None:
         """Where a sequence that moves for gain goes best, if anywhere."""
-        found = best_destination(
-            source,
-            (v for v in self.views.values() if self.takes_part(v) and suits(v, sequence)),
-            sequence,
+        fitting = (
+            view
+            for view in self.takers()
+            if suits(view, sequence) and compatible(source, view) and has_room(view, sequence)
         )
+        found = next(fitting, None)
         if found is None or self.cooldowns.pair_rests(
             source.instance_id, found.instance_id, self.now, self.config.pair_cooldown
         ):
