@@ -1,4 +1,4 @@
-"""How steps of a cluster that runs scatter: a mixed load, beside its simulation."""
+"""What a cluster costs under a mixed load beside its simulation: overhead, and scatter of steps."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ _RUNNING = 1.0
 _SEED = 5
 _SEEDS = 4
 """Simulations under one law."""
+_ENDS = 0.05
+"""Share of first tokens, at either end, that says nothing of overhead."""
 
 
 class Times(NamedTuple):
@@ -70,26 +72,27 @@ def mixed_load(profile: CostProfile, instances: int, count: int) -> list[Workloa
     return single_requests(arrivals.tolist(), prompts.tolist(), outputs.tolist())
 
 
-def measure_scatter(
+def with_mixed_load(
     url: str,
     client_key: str,
     profile: CostProfile,
     limits: Limits,
     quick: bool,
     progress: Callable[[str], None],
-) -> tuple[Scatter | None, list[Check]]:
+) -> tuple[CostProfile, list[Check]]:
     """Send a mixed load to a cluster, simulate it, and see how far the two are apart.
 
     Args:
         url: Of the cluster.
         client_key: A key that its clients send.
-        profile: What it costs without scatter.
+        profile: What it costs while it is idle, and without scatter.
         limits: Of its instances.
         quick: Fewer requests.
         progress: Told what came out.
 
     Returns:
-        How steps scatter, and means over the load as measured and as simulated.
+        The profile with how steps scatter, and the overhead that requests have which meet
+        others; means over the load as measured, and as simulated with the overhead of before.
 
     Raises:
         CalibrationError: if nothing was answered.
@@ -121,7 +124,28 @@ def measure_scatter(
     else:
         low, high = scatter.speeds[0], scatter.speeds[-1]
         progress(f"mixed load: speeds of {low:.2f} to {high:.2f}, {scatter.spell:.2f} s each")
-    return scatter, checks
+    # Others only add to what a request costs while it is alone.
+    overhead = profile.overhead + max(0.0, later(seen, simulated, scatter))
+    progress(
+        f"mixed load: {1000 * overhead:.1f} ms beside steps, "
+        f"{1000 * profile.overhead:.1f} ms while idle"
+    )
+    return dataclasses.replace(profile, overhead=overhead, scatter=scatter), checks
+
+
+def later(seen: Sequence[Times], simulated: Simulated, scatter: Scatter | None) -> float:
+    """Seconds by which first tokens come later than simulations under a law have it.
+
+    The mean, without the ends: one stall is not what a request costs.
+    """
+    runs = [simulated.times(scatter, seed) for seed in range(_SEEDS if scatter else 1)]
+    return _middle(seen) - fmean(_middle(run) for run in runs)
+
+
+def _middle(times: Sequence[Times]) -> float:
+    firsts = sorted(one.first for one in times)
+    cut = int(len(firsts) * _ENDS)
+    return fmean(firsts[cut : len(firsts) - cut])
 
 
 class Simulated:

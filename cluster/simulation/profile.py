@@ -71,8 +71,9 @@ class CostProfile:
         link: The way of KV to another instance.
         num_blocks: Usable KV blocks.
         num_host_blocks: Blocks of the host pool; 0 for none.
-        overhead: Seconds that a request takes on an idle cluster until its first token is with
-            the client, beside its steps: gateway, dispatcher, connections. 0: not measured.
+        overhead: Seconds that a request takes beside its steps until its first token is with
+            the client, while others run: gateway, dispatcher, connections, and processors that
+            these share with instances. 0: not measured.
         scatter: How far durations of steps scatter around ``step``; None: not at all.
         sources: Where parameters come from, by name; "step.base" for one within another.
 

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from cluster.admin_client import AdminClient
 from cluster.replay.client import Answer, CompletionClient, ServerError
 from cluster.simulation.calibration import CalibrationError
-from cluster.simulation.mixed_load import Limits, measure_scatter
+from cluster.simulation.mixed_load import Limits, with_mixed_load
 from cluster.simulation.profile import CostProfile
 from cluster.simulation.profile_check import Check, check_fit
 from cluster.simulation.profile_fit import (
@@ -84,8 +84,9 @@ def calibrate_cluster(
     The time to the first token, over prompt lengths, and the time between tokens, over
     numbers of streams: all instances do the same at once, so that steps take as long as they
     do where instances share a machine. Then a mixed load is sent, and simulated with what was
-    fitted: how far the two are apart, request by request, is how steps scatter. What shows from
-    inside only is taken from ``like``.
+    fitted: how far the two are apart, request by request, is how steps scatter, and on the
+    whole what requests cost beside steps while others run. What shows from inside only is
+    taken from ``like``.
 
     Raises:
         CalibrationError: if something cannot be measured.
@@ -119,13 +120,13 @@ def calibrate_cluster(
             "link": f"not measured: as in {like.name}",
             "num_blocks": "the cluster's admin API",
             "num_host_blocks": f"not measured: as in {like.name}",
-            "overhead": f"{where}; times to the first token, less a step each",
         },
     )
     limits = Limits(len(found), one.max_num_seqs)
-    scatter, mixed = measure_scatter(url, client_key, profile, limits, quick, progress)
-    sources = {**profile.sources, "scatter": f"{where}; a mixed load, beside its simulation"}
-    return dataclasses.replace(profile, scatter=scatter, sources=sources), [*checks, *mixed]
+    made, mixed = with_mixed_load(url, client_key, profile, limits, quick, progress)
+    told = f"{where}; a mixed load, beside its simulation"
+    sources = {**profile.sources, "overhead": told, "scatter": told}
+    return dataclasses.replace(made, sources=sources), [*checks, *mixed]
 
 
 async def _measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from statistics import fmean, pstdev
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.simulation.mixed_load import Limits, Simulated, fitted, mixed_load
+from cluster.simulation.mixed_load import Limits, Simulated, Times, fitted, later, mixed_load
 from cluster.simulation.scatter import Pace, Scatter
 from cluster.simulation.scatter_fit import Work, fit_scatter, shown_by
 from tests.unit.simulating import profile
@@ -47,6 +48,19 @@ def test_a_simulated_load_tells_of_its_scatter() -> None:
     assert pstdev(found.speeds) == pytest.approx(pstdev(LAW.speeds), rel=0.4)
     assert LAW.spell / 4 < found.spell < 4 * LAW.spell
     assert fitted(load.times(None), load, 0.0) is None
+
+
+@pytest.mark.parametrize("scatter", [None, LAW])
+def test_what_requests_cost_beside_steps_shows_in_a_load(scatter: Scatter | None) -> None:
+    device = profile(400)
+    asked = mixed_load(device, 2, 120)
+    busy = Simulated(asked, dataclasses.replace(device, overhead=0.050), Limits(2, 32))
+    idle = Simulated(asked, dataclasses.replace(device, overhead=0.020), Limits(2, 32))
+    seen = busy.times(scatter, seed=99)
+    stalled = [*seen[:-2], *(Times(one.first + 5.0, one.rest) for one in seen[-2:])]
+    for times in (seen, stalled):
+        assert later(times, idle, scatter) == pytest.approx(0.030, abs=0.006)
+    assert later(idle.times(scatter, seed=99), idle, scatter) == pytest.approx(0.0, abs=0.006)
 
 
 def test_a_law_is_corrected_by_what_it_shows() -> None:
