@@ -105,6 +105,7 @@ class SimulatedGateway:
         self._sent: dict[str, Request] = {}
         self._said: dict[str, dict[int, list[int]]] = {}
         self._epochs: dict[str, int] = {}
+        self._unanswered: list[RequestRecord] = []
 
     # ---- the workload
 
@@ -153,7 +154,16 @@ class SimulatedGateway:
             request_class=asked.request_class,
             arrival=self._clock.now(),
         )
-        self._clock.call_later(self._network.gateway, lambda: self._execute(self._home.add(name)))
+        delay = self._network.gateway
+        if self._network.contention:
+            delay += self._contention(record)
+        self._clock.call_later(delay, lambda: self._execute(self._home.add(name)))
+
+    def _contention(self, record: RequestRecord) -> float:
+        """Seconds that a request takes longer for those that wait for their first token."""
+        before = [one for one in self._unanswered if one.status == "open" and not one.times]
+        self._unanswered = [*before, record]
+        return self._network.contention if before else 0.0
 
     def _end(self, record: RequestRecord, status: str) -> None:
         record.status = status

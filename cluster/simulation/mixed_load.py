@@ -1,9 +1,10 @@
-"""What a cluster costs under a mixed load beside its simulation: overhead, and scatter of steps."""
+"""What a cluster costs under a mixed load beside its simulation: contention, scatter of steps."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,9 @@ _SEED = 5
 _SEEDS = 4
 """Simulations under one law."""
 _ENDS = 0.05
-"""Share of first tokens, at either end, that says nothing of overhead."""
+"""Share of first tokens, at either end, that says nothing of contention."""
+_ROUNDS = 3
+"""Of looking for it."""
 
 
 class Times(NamedTuple):
@@ -91,8 +94,8 @@ def with_mixed_load(
         progress: Told what came out.
 
     Returns:
-        The profile with how steps scatter, and the overhead that requests have which meet
-        others; means over the load as measured, and as simulated with the overhead of before.
+        The profile with how steps scatter, and by how much requests that meet delay each
+        other; means over the load as measured, and as simulated without that delay.
 
     Raises:
         CalibrationError: if nothing was answered.
@@ -124,22 +127,44 @@ def with_mixed_load(
     else:
         low, high = scatter.speeds[0], scatter.speeds[-1]
         progress(f"mixed load: speeds of {low:.2f} to {high:.2f}, {scatter.spell:.2f} s each")
-    # Others only add to what a request costs while it is alone.
-    overhead = profile.overhead + max(0.0, later(seen, simulated, scatter))
-    progress(
-        f"mixed load: {1000 * overhead:.1f} ms beside steps, "
-        f"{1000 * profile.overhead:.1f} ms while idle"
-    )
-    return dataclasses.replace(profile, overhead=overhead, scatter=scatter), checks
+    contention = contended(seen, sent, dataclasses.replace(profile, scatter=scatter), limits)
+    progress(f"mixed load: first tokens {1000 * contention:.1f} ms later where requests meet")
+    return dataclasses.replace(profile, contention=contention, scatter=scatter), checks
 
 
-def later(seen: Sequence[Times], simulated: Simulated, scatter: Scatter | None) -> float:
-    """Seconds by which first tokens come later than simulations under a law have it.
+def contended(
+    seen: Sequence[Times],
+    asked: Sequence[WorkloadRequest],
+    profile: CostProfile,
+    limits: Limits,
+) -> float:
+    """The contention with which simulations of a load have first tokens as late as was seen.
 
-    The mean, without the ends: one stall is not what a request costs.
+    The mean counts, without the ends: one stall is not what a request costs.
+
+    Args:
+        seen: Times of the load's requests.
+        asked: The load.
+        profile: Of the instances; what it says of contention is not looked at.
+        limits: Of the instances.
     """
-    runs = [simulated.times(scatter, seed) for seed in range(_SEEDS if scatter else 1)]
-    return _middle(seen) - fmean(_middle(run) for run in runs)
+    wanted, found = _middle(seen), 0.0
+    for _ in range(_ROUNDS):
+        simulated = Simulated(asked, dataclasses.replace(profile, contention=found), limits)
+        runs = [simulated.times(profile.scatter, seed) for seed in range(_SEEDS)]
+        meeting = fmean(_meeting(asked, run) for run in runs)
+        late = wanted - fmean(_middle(run) for run in runs)
+        found = max(0.0, found + late / meeting) if meeting else 0.0
+    return found
+
+
+def _meeting(asked: Sequence[WorkloadRequest], times: Sequence[Times]) -> float:
+    """The share of requests that come while another one waits for its first token."""
+    number, until = 0, -math.inf
+    for one, its in zip(asked, times, strict=True):
+        number += one.arrival < until
+        until = max(until, one.arrival + its.first)
+    return number / len(times)
 
 
 def _middle(times: Sequence[Times]) -> float:
@@ -170,7 +195,7 @@ class Simulated:
             devices=(),
             engine=serve.engine("cpu"),
             dispatcher=serve.dispatcher(),
-            network=NetworkConfig().with_overhead(profile.overhead),
+            network=NetworkConfig().with_overhead(profile.overhead, profile.contention),
         )
 
     def times(self, scatter: Scatter | None, seed: int = 0) -> list[Times]:

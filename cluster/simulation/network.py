@@ -19,19 +19,25 @@ class NetworkConfig:
         message: One way between a gateway and an instance; between two instances it is the
             link's latency.
         detection: From an instance's death until those connected to it know.
+        contention: More at the gateway where another request waits for its first token.
     """
 
     gateway: float = 0.002
     actor: float = 0.001
     message: float = 0.0005
     detection: float = 0.1
+    contention: float = 0.0
 
-    def with_overhead(self, seconds: float) -> NetworkConfig:
-        """The same, with a gateway by which a request takes so long beside its steps; 0: as is."""
-        if not seconds:
-            return self
+    def with_overhead(self, seconds: float, contention: float = 0.0) -> NetworkConfig:
+        """The same, with a gateway by which a request takes so long beside its steps; 0: as is.
+
+        Args:
+            seconds: While it is alone.
+            contention: More where others wait for their first token.
+        """
         ways = 2 * self.actor + self.message
-        return dataclasses.replace(self, gateway=max(0.0, seconds - ways))
+        gateway = max(0.0, seconds - ways) if seconds else self.gateway
+        return dataclasses.replace(self, gateway=gateway, contention=contention)
 
 
 class KvLink:

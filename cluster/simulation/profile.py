@@ -71,9 +71,10 @@ class CostProfile:
         link: The way of KV to another instance.
         num_blocks: Usable KV blocks.
         num_host_blocks: Blocks of the host pool; 0 for none.
-        overhead: Seconds that a request takes beside its steps until its first token is with
-            the client, while others run: gateway, dispatcher, connections, and processors that
-            these share with instances. 0: not measured.
+        overhead: Seconds that a request takes on an idle cluster until its first token is with
+            the client, beside its steps: gateway, dispatcher, connections. 0: not measured.
+        contention: Seconds that it takes longer while others wait for their first token, as
+            where instances, gateways and clients share processors.
         scatter: How far durations of steps scatter around ``step``; None: not at all.
         sources: Where parameters come from, by name; "step.base" for one within another.
 
@@ -90,6 +91,7 @@ class CostProfile:
     num_blocks: int
     num_host_blocks: int = 0
     overhead: float = 0.0
+    contention: float = 0.0
     scatter: Scatter | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
 
@@ -106,6 +108,7 @@ class CostProfile:
         if self.num_blocks < 1:
             raise ValueError(f"num_blocks: {self.num_blocks} is less than 1")
         _check("overhead", self.overhead)
+        _check("contention", self.contention)
         if self.num_host_blocks < 0:
             raise ValueError(f"num_host_blocks: {self.num_host_blocks} is less than 0")
 

@@ -85,8 +85,8 @@ def calibrate_cluster(
     numbers of streams: all instances do the same at once, so that steps take as long as they
     do where instances share a machine. Then a mixed load is sent, and simulated with what was
     fitted: how far the two are apart, request by request, is how steps scatter, and on the
-    whole what requests cost beside steps while others run. What shows from inside only is
-    taken from ``like``.
+    whole by how much requests that meet delay each other. What shows from inside only is taken
+    from ``like``.
 
     Raises:
         CalibrationError: if something cannot be measured.
@@ -120,12 +120,13 @@ def calibrate_cluster(
             "link": f"not measured: as in {like.name}",
             "num_blocks": "the cluster's admin API",
             "num_host_blocks": f"not measured: as in {like.name}",
+            "overhead": f"{where}; times to the first token, less a step each",
         },
     )
     limits = Limits(len(found), one.max_num_seqs)
     made, mixed = with_mixed_load(url, client_key, profile, limits, quick, progress)
     told = f"{where}; a mixed load, beside its simulation"
-    sources = {**profile.sources, "overhead": told, "scatter": told}
+    sources = {**profile.sources, "contention": told, "scatter": told}
     return dataclasses.replace(made, sources=sources), [*checks, *mixed]
 
 

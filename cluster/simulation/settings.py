@@ -154,7 +154,9 @@ def make_plan(settings: SimulateConfig) -> Plan:
     engine = _engine(serve, profiles)
     share, host_bytes = float(serve.migration_bandwidth), serve.swap_space * GIB
     devices = {id(one): device(one, share, host_bytes) for one in profiles}
-    network = NetworkConfig().with_overhead(max(one.overhead for one in profiles))
+    network = NetworkConfig().with_overhead(
+        max(one.overhead for one in profiles), max(one.contention for one in profiles)
+    )
     deaths = tuple(_death(text, len(profiles)) for text in settings.kill)
     names = [name.strip() for name in settings.policies.split(",") if name.strip()]
     if not names:

@@ -9,6 +9,7 @@ from cluster.dispatcher.core import DispatcherConfig
 from cluster.dispatcher.events import Action, Event
 from cluster.dispatcher.rebalance import RebalanceConfig
 from cluster.simulation.device import device
+from cluster.simulation.network import NetworkConfig
 from cluster.simulation.profile import CopyCost, CostProfile, LinkCost
 from cluster.simulation.scatter import Scatter
 from cluster.simulation.simulation import Death, Outcome, Scenario, Simulation
@@ -57,6 +58,7 @@ def scenario(
     theta: float | None = None,
     seed: int = 0,
     scatter: Scatter | None = None,
+    contention: float = 0.0,
 ) -> Scenario:
     """A small cluster that is easily full."""
     return Scenario(
@@ -85,6 +87,7 @@ def scenario(
         seed=seed,
         deaths=deaths,
         jumps=jumps,
+        network=NetworkConfig(contention=contention),
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.simulation.mixed_load import Limits, Simulated, Times, fitted, later, mixed_load
+from cluster.simulation.mixed_load import Limits, Simulated, Times, contended, fitted, mixed_load
 from cluster.simulation.scatter import Pace, Scatter
 from cluster.simulation.scatter_fit import Work, fit_scatter, shown_by
 from tests.unit.simulating import profile
@@ -51,16 +51,17 @@ def test_a_simulated_load_tells_of_its_scatter() -> None:
 
 
 @pytest.mark.parametrize("scatter", [None, LAW])
-def test_what_requests_cost_beside_steps_shows_in_a_load(scatter: Scatter | None) -> None:
-    device = profile(400)
+@pytest.mark.parametrize("contention", [0.0, 0.08])
+def test_by_how_much_requests_delay_each_other_shows_in_a_load(
+    scatter: Scatter | None, contention: float
+) -> None:
+    device, limits = dataclasses.replace(profile(400), scatter=scatter), Limits(2, 32)
     asked = mixed_load(device, 2, 120)
-    busy = Simulated(asked, dataclasses.replace(device, overhead=0.050), Limits(2, 32))
-    idle = Simulated(asked, dataclasses.replace(device, overhead=0.020), Limits(2, 32))
+    busy = Simulated(asked, dataclasses.replace(device, contention=contention), limits)
     seen = busy.times(scatter, seed=99)
     stalled = [*seen[:-2], *(Times(one.first + 5.0, one.rest) for one in seen[-2:])]
     for times in (seen, stalled):
-        assert later(times, idle, scatter) == pytest.approx(0.030, abs=0.006)
-    assert later(idle.times(scatter, seed=99), idle, scatter) == pytest.approx(0.0, abs=0.006)
+        assert contended(times, asked, device, limits) == pytest.approx(contention, abs=0.02)
 
 
 def test_a_law_is_corrected_by_what_it_shows() -> None:

@@ -57,6 +57,7 @@ SEARCH = settings(max_examples=16, phases=(Phase.explicit, Phase.generate))
     tenants=st.sampled_from((("one",), ("one", "two"))),
     theta=st.sampled_from((None, 60.0)),
     scatter=st.sampled_from((None, *SCATTERS)),
+    contention=st.sampled_from((0.0, 0.2)),
 )
 def test_jumping_equals_stepping(
     seed: int,
@@ -67,6 +68,7 @@ def test_jumping_equals_stepping(
     tenants: tuple[str, ...],
     theta: float | None,
     scatter: Scatter | None,
+    contention: float,
 ) -> None:
     deaths = (Death(2.345, 1, back_after=1.7),) if dies else ()
     runs = [
@@ -79,6 +81,7 @@ def test_jumping_equals_stepping(
                 deaths=deaths,
                 theta=theta,
                 scatter=scatter,
+                contention=contention,
             ),
             workload(30, rate=8.0, seed=seed, tenants=tenants),
         )[1]

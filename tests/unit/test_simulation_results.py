@@ -32,6 +32,7 @@ from cluster.simulation.results import (
 )
 from cluster.simulation.settings import SimulateConfig, make_plan
 from cluster.simulation.simulation import Death, Simulation
+from cluster.simulation.workloads.generators import single_requests
 from instance.load import Role
 from instance.request import RequestClass
 from tests.unit.simulating import profile, scenario, simulate, workload
@@ -244,6 +245,23 @@ def test_what_requests_take_beside_their_steps_is_part_of_a_profile(tmp_path: Pa
     default = NetworkConfig()
     known = default.gateway + 2 * default.actor + default.message
     assert means[1] - means[0] == pytest.approx(0.25 - known)
+
+
+def test_requests_that_meet_delay_each_other_as_a_profile_says(tmp_path: Path) -> None:
+    path = tmp_path / "profile.yaml"
+    path.write_text(format_profile(replace(load_profile("llama-8b-a10"), contention=0.25)))
+    made = {
+        name: plan_of(profile=(f"{name}*2",), policies="freeness")
+        for name in ("llama-8b-a10", str(path))
+    }
+    for gap, later in ((100.0, [0.0] * 3), (0.001, [0.0, 0.25, 0.25])):
+        asked = single_requests([gap * n for n in range(3)], [64] * 3, [8] * 3)
+        alone, beside = (
+            Simulation(replace(plan.scenarios["freeness"]), asked).run().requests
+            for plan in made.values()
+        )
+        firsts = [two.times[0] - one.times[0] for one, two in zip(alone, beside, strict=True)]
+        assert firsts == pytest.approx(later, abs=0.08)
 
 
 @pytest.mark.parametrize(
