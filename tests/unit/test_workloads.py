@@ -162,6 +162,17 @@ def test_fitting(requests: list[WorkloadRequest], limit: int, how: str) -> None:
         transform.fit(requests, limit, "squeeze")
 
 
+def test_an_answer_that_is_quoted_is_not_cut() -> None:
+    asked = (Span("system", 7), Span("s/0", 1))
+    first = WorkloadRequest(0.0, asked, 2, session="s")
+    second = WorkloadRequest(
+        1.0, (*asked, Span("", 2, 0), Span("s/1", 1)), 258, session="s", turn=1, think=1.0
+    )
+    check(fitted := transform.fit([first, second], 267, "cut"))
+    assert [one.prompt for one in fitted] == [asked, asked]
+    assert transform.fit([first, second], 268, "cut")[1].prompt == second.prompt[:3]
+
+
 def test_what_cannot_shrink_is_refused() -> None:
     request = WorkloadRequest(0.0, tuple(Span(f"{n}", 2) for n in range(9)), 5)
     with pytest.raises(WorkloadError, match="9 pieces"):

@@ -55,8 +55,9 @@ def fit(requests: Sequence[WorkloadRequest], max_model_len: int, how: str) -> li
         max_model_len: Prompt and output tokens at most, at least 2.
         how: "scale" shrinks all lengths by one factor until the longest fits; "drop" leaves
             out what is too long; "cut" shortens the end of the prompt, and the output where
-            that alone is too long. A session ends before its first turn that "drop" leaves
-            out, and with its first one that "cut" shortens.
+            that alone is too long; what is quoted of earlier answers goes whole. A session
+            ends before its first turn that "drop" leaves out, and with its first one that
+            "cut" shortens.
 
     Raises:
         WorkloadError: for another ``how``.
@@ -96,7 +97,8 @@ def _cut(request: WorkloadRequest, max_model_len: int) -> WorkloadRequest:
     room = max_model_len - output
     prompt: list[Span] = []
     for span in request.prompt:
-        if room <= 0:
+        # An earlier answer is quoted whole or not at all.
+        if room <= 0 or (prompt and span.turn >= 0 and span.length > room):
             break
         prompt.append(span._replace(length=min(span.length, room)))
         room -= span.length
