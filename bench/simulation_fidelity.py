@@ -152,12 +152,14 @@ def main(arguments: list[str] | None = None) -> int:
     kind, number = ("quick", 1) if given.quick else ("real", given.real)
     of = "_modelled" if given.modelled else ""
     names = [f"{kind}{of}-{run}.json" for run in range(number)]
-    profiles = [f"profile{of}-{when}.json" for when in ("before", "after")]
+    before, *after = (
+        f"profile{of}-{when}.json" for when in ("before", "after")[: 1 if given.quick else 2]
+    )
     flags = ["--instances", str(INSTANCES)]
     for key, value in SETTINGS.items():
         flags += [f"--{key}", value]
     left = served_cluster.take(
-        [profiles[0], *names, *([] if given.quick else profiles[1:])],
+        [before, *names, *after],
         given.runs,
         given.at_most,
         functools.partial(
@@ -171,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     real = [json.loads((given.runs / name).read_text()) for name in names]
     calibrated = []
     ours: list[dict[str, float]] = []
-    for name in profiles[: 1 if given.quick else 2]:
+    for name in (before, *after):
         made = json.loads((given.runs / name).read_text())
         profile = (given.runs / name).with_suffix(".yaml")
         profile.write_text(made["profile"], encoding="utf-8")

@@ -7,6 +7,7 @@ moves do for what already waits at an instance, wherever a policy or a replay pu
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from typing import Protocol
 
@@ -97,14 +98,10 @@ class _Standing:
         self._order = order
         self._ahead: dict[tuple[str, RequestClass], float] = {}
         self._behind: dict[tuple[str, RequestClass], float] = {}
-        counters: dict[Account, float] = {}
+        counter_of = functools.cache(order.counter)
         for name, sequences in plan.sequences.items():
             for one in sequences:
-                account = one.account
-                counter = counters.get(account)
-                if counter is None:
-                    counter = counters[account] = order.counter(account)
-                key = name, one.request_class
+                counter, key = counter_of(one.account), (name, one.request_class)
                 if one.running:
                     self._ahead[key] = max(counter, self._ahead.get(key, counter))
                 else:

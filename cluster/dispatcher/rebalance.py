@@ -311,13 +311,12 @@ class Round:
         )
 
     def sources(self) -> list[LoadView]:
-        """Ready and settled instances from which a move for gain may start."""
-        return [view for view in self.views.values() if self.takes_part(view)]
-
-    def takes_part(self, view: LoadView) -> bool:
-        """Whether an instance is well enough known to give or take for gain."""
-        name = view.instance_id
-        return view.state is InstanceState.READY and name in self.settled and self.free_slot(name)
+        """Ready instances, known well enough, from or to which a move for gain may start."""
+        return [
+            view
+            for name, view in self.views.items()
+            if view.state is InstanceState.READY and name in self.settled and self.free_slot(name)
+        ]
 
     def takers(self) -> list[LoadView]:
         """Instances that may take what moves for gain, and where nobody waits; the freest first."""

@@ -257,8 +257,7 @@ def test_requests_that_meet_delay_each_other_as_a_profile_says(tmp_path: Path) -
     for gap, later in ((100.0, [0.0] * 3), (0.001, [0.0, 0.25, 0.25])):
         asked = single_requests([gap * n for n in range(3)], [64] * 3, [8] * 3)
         alone, beside = (
-            Simulation(replace(plan.scenarios["freeness"]), asked).run().requests
-            for plan in made.values()
+            Simulation(plan.scenarios["freeness"], asked).run().requests for plan in made.values()
         )
         firsts = [two.times[0] - one.times[0] for one, two in zip(alone, beside, strict=True)]
         assert firsts == pytest.approx(later, abs=0.08)
