@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -20,7 +21,7 @@ from cluster.flags import ConfigError, integer, number
 from cluster.replay.client import CompletionClient, ServerError
 from cluster.replay.results import Goals, format_summary, summarize
 from cluster.replay.run import Replay, ReplaySettings
-from cluster.simulation.workloads import jsonl
+from cluster.simulation.workloads import jsonl, transform
 from cluster.simulation.workloads.records import WorkloadError, WorkloadRequest
 from cluster.simulation.workloads.sources import describe_sources, load_workload
 
@@ -44,6 +45,22 @@ def add_commands(command: Callable[[str, str, str], argparse.ArgumentParser]) ->
     """Declare the command; ``command`` takes name, summary and examples."""
     parser = command("replay", "load a running cluster with a workload", EXAMPLES)
     parser.add_argument("workload", metavar="WORKLOAD", help="what to send; see below")
+    parser.add_argument(
+        "--num-prompts", metavar="N", default="0", help="requests at most, the first ones; 0: all"
+    )
+    parser.add_argument(
+        "--request-rate",
+        metavar="PER_SECOND",
+        default="0",
+        help="let them come so often; inf: all at once; 0: as the workload has it",
+    )
+    parser.add_argument(
+        "--burstiness",
+        metavar="SHAPE",
+        default="0",
+        help="with --request-rate: draw intervals anew, by a Gamma law of this shape (1: Poisson, "
+        "less is burstier); 0: keep their proportions",
+    )
     parser.add_argument(
         "--url", help="base URL of the server (default: DROVER_URL, or the one on this machine)"
     )
@@ -96,10 +113,17 @@ def run(given: argparse.Namespace) -> None:
     }
     goals = _goals(given.goodput)
     keys = _keys(given.keys)
+    asked = {
+        "limit": _value("--num-prompts", integer(0), given.num_prompts),
+        "rate": _value("--request-rate", number(0.0), given.request_rate),
+        "burstiness": _value("--burstiness", number(0.0), given.burstiness),
+    }
+    if asked["burstiness"] and not 0 < asked["rate"] < math.inf:
+        raise ConfigError("--burstiness wants a --request-rate")
     if given.json and not Path(given.json).absolute().parent.is_dir():
         raise CommandError(f"--json: there is no folder for {given.json}")
     try:
-        requests = load_workload(given.workload, seed)
+        requests = _shaped(load_workload(given.workload, seed), seed, **asked)
         if given.write_workload:
             text = "".join(f"{line}\n" for line in jsonl.write(requests))
             _write("--write-workload", Path(given.write_workload), text)
@@ -126,6 +150,17 @@ def run(given: argparse.Namespace) -> None:
         _write("--json", Path(given.json), json.dumps(summary, indent=2) + "\n")
     if interrupted:
         raise CommandError("interrupted: these are the figures until then")
+
+
+def _shaped(
+    requests: list[WorkloadRequest], seed: int, limit: int, rate: float, burstiness: float
+) -> list[WorkloadRequest]:
+    """As the options of ``vllm bench serve`` want a workload."""
+    if limit:
+        requests = transform.window(requests, limit=limit)
+    if burstiness:
+        return transform.drawn_anew(requests, rate, burstiness**-0.5, seed)
+    return transform.at_rate(requests, rate) if rate else requests
 
 
 async def _replay(

@@ -27,6 +27,7 @@ from cluster.simulation.remote_calibration import members
 from cluster.simulation.workloads.generators import ThinkTime, sessions, single_requests
 from cluster.simulation.workloads.records import WorkloadRequest
 from cluster.simulation.workloads.sources import load_workload
+from cluster.simulation.workloads.transform import mean_rate
 from instance.step_cost import StepCost
 from tests.integration.modelled_gateway import PRINTABLE, modelled_gateway
 
@@ -134,6 +135,16 @@ def test_a_workload_may_be_written_instead(tmp_path: Path) -> None:
     workload = "sessions?sessions=5&system=9"
     assert cli.main(["replay", workload, "--seed", "3", "--write-workload", str(path)]) == 0
     assert load_workload(f"drover:{path}") == load_workload(workload, 3)
+    shape = ["--num-prompts", "4", "--request-rate", "8"]
+    assert cli.main(["replay", "fixed", *shape, "--write-workload", str(path)]) == 0
+    stretched = load_workload(f"drover:{path}")
+    assert len(stretched) == 4
+    assert mean_rate(stretched) == pytest.approx(8)
+    shape += ["--burstiness", "0.5"]
+    assert cli.main(["replay", "fixed", *shape, "--write-workload", str(path)]) == 0
+    drawn = load_workload(f"drover:{path}")
+    assert [one.prompt for one in drawn] == [one.prompt for one in stretched]
+    assert [one.arrival for one in drawn] != [one.arrival for one in stretched]
     lost = str(tmp_path / "no" / "x.jsonl")
     assert cli.main(["replay", workload, "--write-workload", lost]) == 1
 
@@ -143,6 +154,8 @@ def test_a_workload_may_be_written_instead(tmp_path: Path) -> None:
     [
         (("llumnix-x-x",), 1, "no workload"),
         (("fixed", "--goodput", "speed:3"), 2, "speed"),
+        (("fixed", "--request-rate", "often"), 2, "often"),
+        (("fixed", "--burstiness", "0.5"), 2, "--request-rate"),
         (("fixed", "--timeout", "-1"), 2, "--timeout"),
         (("fixed", "--keys", "no-such-file"), 1, "no-such-file"),
         (("fixed", "--json", "no/such/x.json"), 1, "no folder"),

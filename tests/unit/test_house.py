@@ -65,6 +65,7 @@ SHELLS = {
     "operators.py",
     "sources.py",
     "catalogue.py",
+    "token_counting.py",
     "store.py",
     "__init__.py",
 }

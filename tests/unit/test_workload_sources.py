@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from cluster.simulation.workloads import readers
+from cluster.simulation.workloads import block_traces, dialogues, readers
 from cluster.simulation.workloads.catalogue import SOURCES
 from cluster.simulation.workloads.clients import client_requests, read_clients
 from cluster.simulation.workloads.records import Span, WorkloadError, WorkloadRequest, prompt_ids
 from cluster.simulation.workloads.sources import describe_sources, load_workload
 from cluster.simulation.workloads.transform import longest, mean_rate
 from instance.request import RequestClass
+from tests.unit.byte_tokenizer import byte_tokenizer
 
 TRACES = Path(os.environ.get("DROVER_TRACES") or Path(__file__).parents[3] / "shared" / "traces")
 public = pytest.mark.skipif(not TRACES.is_dir(), reason="the public traces are not here")
@@ -36,7 +37,7 @@ def shape(requests: list[WorkloadRequest]) -> list[tuple[float, int, int, str]]:
 
 
 def test_mooncake() -> None:
-    requests = readers.mooncake(MOONCAKE, "m", 0, {0: ("a", 0), 2: ("a", 1)})
+    requests = block_traces.mooncake(MOONCAKE, "m", 0, {0: ("a", 0), 2: ("a", 1)})
     assert [one[:3] for one in shape(requests)] == [
         (0.0, 1100, 5),
         (0.04, 1024, 7),
@@ -56,12 +57,12 @@ def test_ticks_are_spread_and_times_kept() -> None:
         )
 
     ticks = [0, 0, 0, 2999, 3000, 3001, 6000, 6000, 12_000, 12_000]
-    spread = [one.arrival for one in readers.mooncake(map(line, ticks), "m", 1, {})]
+    spread = [one.arrival for one in block_traces.mooncake(map(line, ticks), "m", 1, {})]
     assert spread == sorted(spread)
     assert len(set(spread)) == len(ticks)
     assert all(abs(a - b / 1000) <= 3.002 for a, b in zip(spread, ticks, strict=True))
     exact = [0, 2000, 5000, 9000]
-    times = [one.arrival for one in readers.mooncake(map(line, exact), "m", 1, {})]
+    times = [one.arrival for one in block_traces.mooncake(map(line, exact), "m", 1, {})]
     assert times == [0.0, 2.0, 5.0, 9.0]
 
 
@@ -71,14 +72,60 @@ def test_ticks_are_spread_and_times_kept() -> None:
         ("no", "not JSON"),
         ("3", "not a JSON object"),
         ('{"timestamp": 0, "output_length": 5, "hash_ids": []}', "input_length"),
-        ('{"timestamp": 0, "input_length": 5, "output_length": 5}', "hash_ids: 1 ids"),
-        ('{"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [1]}', "2 ids"),
+        (
+            '{"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [1, 2, 3]}',
+            "hash_ids: 2 ids are wanted for 600 tokens in blocks of 512; block=",
+        ),
+        ('{"timestamp": 0, "input_length": 2000, "output_length": 5, "hash_ids": [1]}', "4 ids"),
         ('{"timestamp": "x", "input_length": 5, "output_length": 5, "hash_ids": [1]}', "times"),
     ],
 )
 def test_mooncake_errors(line: str, wrong: str) -> None:
     with pytest.raises(WorkloadError, match=f"trace:2: .*{wrong}"):
-        readers.mooncake([MOONCAKE[0], line], "trace", 0, {})
+        block_traces.mooncake([MOONCAKE[0], line], "trace", 0, {})
+
+
+def test_rows_without_all_ids_share_what_they_name() -> None:
+    def row(length: int, **more: object) -> str:
+        return json.dumps({"timestamp": 5e9, "input_length": length, "output_length": 1, **more})
+
+    lines = [row(40, hash_ids=["a", "b"]), row(39, hash_ids=["a", "b"]), row(39), row(39)]
+    requests = block_traces.mooncake(lines, "m", 0, {}, block=16)
+    assert [one[:2] for one in shape(requests)] == [(0.0, 40), (0.0, 39), (0.0, 39), (0.0, 39)]
+    ids = [prompt_ids(request, range(50_000)) for request in requests]
+    assert ids[0][:32] == ids[1][:32]
+    assert len({tuple(one[32:39]) for one in ids}) == len({tuple(one) for one in ids}) == 4
+    assert len({tuple(one[:16]) for one in ids}) == 3
+
+
+BAILIAN = [
+    {"chat_id": 7, "parent_chat_id": -1, "timestamp": 61.5, "hash_ids": [1]},
+    {"chat_id": 8, "parent_chat_id": 7, "timestamp": 63.0, "hash_ids": [1, 2]},
+    {"chat_id": 9, "parent_chat_id": 3, "timestamp": 64.0},
+    {"chat_id": 10, "parent_chat_id": 8, "timestamp": 70.0, "hash_ids": [1, 2, 3]},
+]
+
+
+def test_bailian(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    lines = [json.dumps({"input_length": 30, "output_length": 3} | one) for one in BAILIAN[:1]]
+    lines += [json.dumps({"input_length": 48, "output_length": 4} | one) for one in BAILIAN[3:]]
+    lines[1:1] = [
+        json.dumps({"input_length": 47, "output_length": 5} | one) for one in BAILIAN[1:3]
+    ]
+    path.write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    requests = load_workload(f"bailian:{path}")
+    assert [one[:3] for one in shape(requests)] == [
+        (0.0, 30, 3),
+        (1.5, 47, 5),
+        (2.5, 47, 5),
+        (8.5, 48, 4),
+    ]
+    assert [(one.session, one.turn) for one in requests] == [("7", 0), ("7", 1), ("9", 0), ("7", 2)]
+    first, second, _, last = (prompt_ids(request, range(50_000)) for request in requests)
+    assert first[:16] == second[:16]
+    assert second[:32] == last[:32]
+    assert first[16:30] != second[16:30]
 
 
 CSV = {
@@ -149,11 +196,64 @@ ROUNDS = [
 
 
 def test_rounds() -> None:
-    assert readers.rounds(ROUNDS, "t") == [[(74, 918), (8, 5)], [(41, 950)]]
+    assert dialogues.rounds(ROUNDS, "t") == [[(74, 918), (8, 5)], [(41, 950)]]
     with pytest.raises(WorkloadError, match="t:4: turn: 3"):
-        readers.rounds([*ROUNDS[:3], "2000,5,0,4"], "t")
+        dialogues.rounds([*ROUNDS[:3], "2000,5,0,4"], "t")
     with pytest.raises(WorkloadError, match="t:4: num_prefill_tokens"):
-        readers.rounds([*ROUNDS[:3], "1004,5,0,3"], "t")
+        dialogues.rounds([*ROUNDS[:3], "1004,5,0,3"], "t")
+
+
+SPOKEN = [
+    {
+        "id": "x",
+        "conversations": [
+            {"from": "system", "value": "S"},
+            {"from": "human", "value": "ask"},
+            {"from": "gpt", "value": "tell"},
+            {"from": "gpt", "value": ""},
+            {"from": "human", "value": "é"},
+            {"from": "gpt", "value": ""},
+            {"from": "human", "value": "never answered"},
+        ],
+    },
+    {"conversations": [{"from": "gpt", "value": "nobody asked"}]},
+    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}]},
+    {"conversations": []},
+]
+
+
+def test_texts_of_conversations() -> None:
+    assert dialogues.texts(SPOKEN, "t") == [
+        [("S\nask", "tell\n"), ("é", "")],
+        [("hi", "")],
+    ]
+    for wrong in ({"x": 1}, 3, {"conversations": [3]}, {"messages": [{"role": "user"}, {}]}):
+        with pytest.raises(WorkloadError, match="t: conversation 1: "):
+            dialogues.texts([wrong], "t")
+    with pytest.raises(WorkloadError, match="t: no conversation"):
+        dialogues.texts(SPOKEN[1:2], "t")
+
+
+def test_sharegpt_texts_are_counted_by_a_tokenizer(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    byte_tokenizer().save(str(model / "tokenizer.json"))
+    (model / "config.json").write_text("{}")
+    for content in (json.dumps(SPOKEN, indent=1), "\n".join(map(json.dumps, SPOKEN))):
+        path = tmp_path / "chats.json"
+        path.write_text(content, encoding="utf-8")
+        requests = load_workload(f"sharegpt:{path}?tokenizer={model}&think=5&rate=100")
+        found = {(one.session, one.turn): one for one in requests}
+        assert {key: (one.prompt_tokens, one.output_tokens) for key, one in found.items()} == {
+            ("s0", 0): (5, 5),
+            ("s0", 1): (12, 1),
+            ("s1", 0): (2, 1),
+        }
+        assert len(load_workload(f"sharegpt:{path}?tokenizer={model}&sessions=1")) in (1, 2)
+    (model / "tokenizer.json").write_text("{}")
+    for wrong in (model, tmp_path / "none"):
+        with pytest.raises(WorkloadError, match="tokenizer"):
+            load_workload(f"sharegpt:{path}?tokenizer={wrong}")
 
 
 CLIENTS = {

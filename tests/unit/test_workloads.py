@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -191,6 +192,17 @@ def test_rates(requests: list[WorkloadRequest], rate: float) -> None:
     assert transform.mean_rate(faster) == pytest.approx(rate)
     thinks = sorted(one.think for one in faster if one.think is not None)
     assert thinks == sorted(one.think for one in requests if one.think is not None)
+
+
+@few
+@given(workloads(), st.floats(0.1, 10.0), st.floats(0.3, 3.0))
+def test_times_drawn_anew(requests: list[WorkloadRequest], rate: float, cv: float) -> None:
+    drawn = transform.drawn_anew(requests, rate, cv, 1)
+    check(drawn)
+    assert [one.think for one in drawn].count(None) == [one.think for one in requests].count(None)
+    at_once = transform.at_rate(requests, math.inf)
+    check(at_once)
+    assert all(one.arrival == 0.0 for one in at_once if one.think is None)
 
 
 def test_a_rate_needs_time() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
@@ -10,15 +11,25 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import orjson
 
 from cluster.flags import ConfigError, integer, number, string
-from cluster.simulation.workloads import clients, generators, jsonl, lengths, readers
+from cluster.simulation.workloads import (
+    block_traces,
+    clients,
+    dialogues,
+    generators,
+    jsonl,
+    lengths,
+    readers,
+)
 from cluster.simulation.workloads.arrivals import renewal
 from cluster.simulation.workloads.generators import Conversation, Demand, ThinkTime
 from cluster.simulation.workloads.records import WorkloadError, WorkloadRequest
+from cluster.simulation.workloads.token_counting import count_tokens
 
 Values = Mapping[str, Any]
 
@@ -73,8 +84,8 @@ _THINK = {
 # ---- files
 
 
-def _open_text(path: Path) -> io.TextIOBase:
-    """A text file, gzip-compressed or not; raises WorkloadError if there is none."""
+def _read(path: Path) -> bytes:
+    """A file, gzip-compressed or not; raises WorkloadError if there is none."""
     try:
         content = path.read_bytes()
         if content[:2] == b"\x1f\x8b":
@@ -82,7 +93,15 @@ def _open_text(path: Path) -> io.TextIOBase:
     except (OSError, EOFError, zlib.error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise WorkloadError(f"{path}: {reason}") from None
+    return content.removeprefix(codecs.BOM_UTF8)
+
+
+def _text(content: bytes) -> io.TextIOBase:
     return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", newline="")
+
+
+def _open_text(path: Path) -> io.TextIOBase:
+    return _text(_read(path))
 
 
 def _open_tar(path: Path) -> dict[str, str]:
@@ -106,9 +125,14 @@ def _mooncake(path: Path, values: Values, seed: int) -> list[WorkloadRequest]:
     if values["sessions"]:
         side = Path(values["sessions"])
         with _open_text(side) as lines:
-            known = readers.mooncake_sessions(lines, str(side))
+            known = block_traces.mooncake_sessions(lines, str(side))
     with _open_text(path) as lines:
-        return readers.mooncake(lines, str(path), seed, known)
+        return block_traces.mooncake(lines, str(path), seed, known, values["block"])
+
+
+def _bailian(path: Path, values: Values, seed: int) -> list[WorkloadRequest]:
+    with _open_text(path) as lines:
+        return block_traces.bailian(lines, str(path), seed, values["block"])
 
 
 def _trace(columns: readers.TraceColumns) -> Source:
@@ -155,29 +179,55 @@ def _percentiles(path: Path, values: Values, seed: int) -> list[WorkloadRequest]
     return _independent(prompt, output, values, seed)
 
 
-def _rounds(path: Path, values: Values, seed: int) -> list[WorkloadRequest]:
-    with _open_text(path) as lines:
-        dialogues = readers.rounds(lines, str(path))
-    if values["sessions"]:
-        rng = np.random.default_rng([seed, 1])
-        picked = rng.permutation(len(dialogues))[: values["sessions"]]
-        dialogues = [dialogues[index] for index in sorted(picked.tolist())]
-    return _sessions(dialogues, values, seed)
+def _dialogues(path: Path, values: Values, seed: int) -> list[WorkloadRequest]:
+    content = _read(path)
+    rounds: Sequence[Conversation]
+    if content.lstrip()[:1] not in (b"[", b"{"):
+        with _text(content) as lines:
+            rounds = _picked(dialogues.rounds(lines, str(path)), values["sessions"], seed)
+        return _sessions(rounds, values, seed)
+    spoken = _picked(dialogues.texts(_entries(content, path), str(path)), values["sessions"], seed)
+    words = [text for turns in spoken for turn in turns for text in turn]
+    counts = iter([max(1, count) for count in count_tokens(words, values["tokenizer"])])
+    rounds = [[(next(counts), next(counts)) for _ in turns] for turns in spoken]
+    return _sessions(rounds, values, seed)
+
+
+def _entries(content: bytes, path: Path) -> list[Any]:
+    """A JSON list, or JSON lines."""
+    try:
+        if content.lstrip()[:1] == b"[":
+            entries: list[Any] = orjson.loads(content)
+            return entries
+        return [orjson.loads(line) for line in content.splitlines() if line.strip()]
+    except ValueError as error:
+        raise WorkloadError(f"{path}: not JSON: {error}") from None
+
+
+T = TypeVar("T")
+
+
+def _picked(found: Sequence[T], count: int, seed: int) -> Sequence[T]:
+    """So many of them at random, in their order; 0: all."""
+    if not count:
+        return found
+    rng = np.random.default_rng([seed, 1])
+    return [found[index] for index in sorted(rng.permutation(len(found))[:count].tolist())]
 
 
 def _sessions(
-    dialogues: Sequence[Conversation], values: Values, seed: int
+    conversations: Sequence[Conversation], values: Values, seed: int
 ) -> list[WorkloadRequest]:
     if values["think-p90"] < values["think"]:
         raise WorkloadError("think-p90 is less than think")
     think = ThinkTime(values["think"], values["think-p90"])
     return generators.sessions(
-        seed, dialogues, values["rate"], values["cv"], think, values["system"]
+        seed, conversations, values["rate"], values["cv"], think, values["system"]
     )
 
 
 def _synthetic_sessions(path: Path, values: Values, seed: int) -> list[WorkloadRequest]:
-    dialogues = generators.conversations(
+    made = generators.conversations(
         seed,
         values["sessions"],
         values["turns"],
@@ -185,7 +235,7 @@ def _synthetic_sessions(path: Path, values: Values, seed: int) -> list[WorkloadR
         _named(values["message"]),
         _named(values["output"]),
     )
-    return _sessions(dialogues, values, seed)
+    return _sessions(made, values, seed)
 
 
 def _independent(
@@ -310,7 +360,16 @@ SOURCES: dict[str, Source] = {
         "a Mooncake trace: JSON lines with hash_ids",
         _mooncake,
         True,
-        {"sessions": Parameter(string, "", "CSV file of the rows' inferred sessions")},
+        {
+            "sessions": Parameter(string, "", "CSV file of the rows' inferred sessions"),
+            "block": Parameter(integer(1), block_traces.MOONCAKE_BLOCK, "tokens of a hash id"),
+        },
+    ),
+    "bailian": Source(
+        "a trace of Alibaba's Bailian: JSON lines with chat_id, parent_chat_id and hash_ids",
+        _bailian,
+        True,
+        {"block": Parameter(integer(1), block_traces.BAILIAN_BLOCK, "tokens of a hash id")},
     ),
     **{name: _trace(columns) for name, columns in readers.TRACES.items()},
     "servegen-clients": Source(
@@ -324,10 +383,11 @@ SOURCES: dict[str, Source] = {
         },
     ),
     "sharegpt": Source(
-        "sessions from a CSV table of conversations' rounds",
-        _rounds,
+        "sessions from conversations: ShareGPT's JSON, or a CSV table of their rounds",
+        _dialogues,
         True,
         {
+            "tokenizer": Parameter(string, "smollm2", "of this model; counts the tokens of texts"),
             "sessions": Parameter(integer(0), 0, "how many, at random; 0: all"),
             "rate": Parameter(ABOVE_ZERO, 1.0, "sessions that begin per second"),
             "cv": _CV,

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cluster.simulation.workloads.arrivals import renewal_until, weibull_until
+from cluster.simulation.workloads.fields import number_in
 from cluster.simulation.workloads.lengths import Lengths, weighted
-from cluster.simulation.workloads.readers import number_in
 from cluster.simulation.workloads.records import Span, WorkloadError, WorkloadRequest, by_arrival
 
 _TRACE = re.compile(r"chunk-(\w+)-trace\.csv$")

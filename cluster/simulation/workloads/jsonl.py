@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from cluster.simulation.workloads.readers import count_in, number_in
+from cluster.simulation.workloads.fields import count_in, json_rows, number_in
 from cluster.simulation.workloads.records import Span, WorkloadError, WorkloadRequest, by_arrival
 from instance.request import RequestClass
 
@@ -52,10 +52,8 @@ def read(lines: Iterable[str], name: str) -> list[WorkloadRequest]:
         WorkloadError: naming the line and what is wrong there.
     """
     made, turns = [], set()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        request = _request(line, f"{name}:{number}", number)
+    for number, entry in json_rows(lines, name):
+        request = _request(entry, f"{name}:{number}", number)
         turns.add((request.session, request.turn))
         if request.think is not None and (request.session, request.turn - 1) not in turns:
             raise WorkloadError(f"{name}:{number}: think: the turn before is not there yet")
@@ -63,13 +61,7 @@ def read(lines: Iterable[str], name: str) -> list[WorkloadRequest]:
     return by_arrival(made)
 
 
-def _request(line: str, where: str, number: int) -> WorkloadRequest:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise WorkloadError(f"{where}: not JSON: {error}") from None
-    if not isinstance(entry, dict):
-        raise WorkloadError(f"{where}: not a JSON object")
+def _request(entry: dict[str, Any], where: str, number: int) -> WorkloadRequest:
     if unknown := entry.keys() - _KEYS:
         raise WorkloadError(f"{where}: unknown key {', '.join(sorted(unknown))}")
     texts = {key: entry.get(key, "") for key in ("tenant", "class", "group", "session")}

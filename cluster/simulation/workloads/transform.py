@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from cluster.simulation.workloads.arrivals import renewal
 from cluster.simulation.workloads.records import (
     Span,
     WorkloadError,
@@ -117,13 +119,22 @@ def mean_rate(requests: Sequence[WorkloadRequest]) -> float:
     return (len(arrivals) - 1) / (max(arrivals) - min(arrivals))
 
 
-def speed_up(requests: Iterable[WorkloadRequest], factor: float) -> list[WorkloadRequest]:
-    """Let requests come ``factor`` times as fast. People think as long as before."""
+def with_arrivals(
+    requests: Sequence[WorkloadRequest], arrivals: Iterable[float]
+) -> list[WorkloadRequest]:
+    """Let requests come at other times, in their order. People think as long as before.
+
+    Args:
+        requests: In order of arrival.
+        arrivals: One for each request that does not wait for an earlier turn.
+    """
+    times = iter(arrivals)
     moved: dict[tuple[str, int], float] = {}
     result = []
     for request in requests:
-        arrival = request.arrival / factor
-        if request.think is not None:
+        if request.think is None:
+            arrival = next(times)
+        else:
             arrival = moved[request.session, request.turn - 1] + request.think
         if request.session:
             moved[request.session, request.turn] = arrival
@@ -131,9 +142,24 @@ def speed_up(requests: Iterable[WorkloadRequest], factor: float) -> list[Workloa
     return by_arrival(result)
 
 
+def speed_up(requests: Sequence[WorkloadRequest], factor: float) -> list[WorkloadRequest]:
+    """Let requests come ``factor`` times as fast. People think as long as before."""
+    return with_arrivals(requests, (one.arrival / factor for one in requests if one.think is None))
+
+
+def drawn_anew(
+    requests: Sequence[WorkloadRequest], rate: float, cv: float, seed: int
+) -> list[WorkloadRequest]:
+    """Let requests come by a law, in place of their own times; see ``renewal``."""
+    rng = np.random.default_rng([seed, 0xA44178])
+    count = sum(1 for one in requests if one.think is None)
+    return with_arrivals(requests, renewal(rng, rate, cv, count).tolist())
+
+
 def at_rate(requests: Sequence[WorkloadRequest], rate: float) -> list[WorkloadRequest]:
-    """Speed a workload up, or slow it down, to ``rate`` as ``mean_rate`` counts it."""
-    return speed_up(requests, rate / mean_rate(requests))
+    """Speed a workload up, or slow it down, to ``rate`` as ``mean_rate`` counts it; at infinity
+    all come at once."""
+    return speed_up(requests, rate / mean_rate(requests) if math.isfinite(rate) else rate)
 
 
 def window(
