@@ -258,9 +258,7 @@ class Incoming:
                 case m.Reserve(num_blocks):
                     host.engine.when_blocks_are_safe(functools.partial(self._reserve, num_blocks))
                 case m.FreeReservation():
-                    host.engine.pool.release(self.table)
-                    self.table, self.num_acquired = [], 0
-                    host.engine.wake()
+                    self._free()
                 case m.StartCompute(handover):
                     self._compute(handover)
                 case m.Activate(epoch, next_index):
@@ -293,7 +291,8 @@ class Incoming:
     def _reserve(self, wanted: int) -> None:
         host = self._host
         pool = host.engine.pool
-        if not self._admitted:
+        first = not self._admitted
+        if first:
             refusal = host.attempts.refusal(self)
             if refusal:
                 self.handle(m.ReserveResult(False, reason=refusal))
@@ -308,6 +307,8 @@ class Incoming:
             if pool.num_free >= missing + spare:
                 blocks = pool.reserve(missing, self.table[-1] if self.table else None)
             if blocks is None:
+                if first:
+                    self._free()  # the protocol knows of none yet
                 self.handle(m.ReserveResult(False, reason="not enough free blocks"))
                 return
             self.table.extend(blocks)
@@ -325,6 +326,11 @@ class Incoming:
         engine.pool.acquire(found)
         self.table = list(found)
         self.num_acquired = len(found)
+
+    def _free(self) -> None:
+        self._host.engine.pool.release(self.table)
+        self.table, self.num_acquired = [], 0
+        self._host.engine.wake()
 
     def _compute(self, handover: m.Handover) -> None:
         engine, offered = self._host.engine, self._offered

@@ -159,7 +159,8 @@ class IncomingMigration:
     def _reserve(self, wanted: int) -> None:
         """Answer an offer or an extension; no launched step can still touch a free block."""
         engine = self._host.engine
-        if not self._admitted:
+        first = not self._admitted
+        if first:
             refusal = self._admit(self)
             if refusal:
                 self.handle(m.ReserveResult(False, reason=refusal))
@@ -175,6 +176,8 @@ class IncomingMigration:
             if engine.pool.num_free >= missing + spare:
                 blocks = engine.pool.reserve(missing, self.table[-1] if self.table else None)
             if blocks is None:
+                if first:
+                    self._free()  # the protocol knows of none yet
                 self.handle(m.ReserveResult(False, reason="not enough free blocks"))
                 return
             self.table.extend(blocks)

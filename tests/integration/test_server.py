@@ -239,6 +239,20 @@ async def test_reserve_is_refused_with_a_reason(servers: Servers) -> None:
     await servers.idle()
 
 
+async def test_a_refusal_lets_go_of_the_prefix_that_was_there(servers: Servers) -> None:
+    await servers.add("a")
+    small = await servers.add("small", blocks=60)
+    await read(servers.submit("small", prompt=60, tokens=2))
+    stream = servers.submit("a", prompt=60, tokens=400)
+    await read(stream, 200)
+    report = await servers.move(stream, "small")
+    assert "not enough free blocks" in report.outcome
+    assert not small.migrations.held_blocks()
+    assert small.engine.pool.num_free == small.engine.pool.num_usable
+    stream.cancel()
+    await servers.idle()
+
+
 @pytest.mark.parametrize("at", ["Offer", "CopyBlocks", "Announce", "Handover"])
 async def test_abort_at_any_stage(servers: Servers, at: str) -> None:
     await servers.add("a")
