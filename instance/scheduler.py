@@ -393,6 +393,8 @@ class Scheduler:
             if not self.swap.quiet:
                 return 0
             spare = self.swap.short_below
+            if self.pool.num_free < spare and self.running:
+                most, spare = min(most, self.swap.saved_for(self.running[-1])), 0
         return steady_steps(
             launched, planned, self.running, self._limits, self._tables, most, spare
         )

@@ -22,7 +22,7 @@ import numpy as np
 from cluster.dispatcher.candidates import Candidates
 from cluster.dispatcher.load import InstanceLoad
 from cluster.dispatcher.table import Bools, LoadTable
-from instance.load import InstanceInfo, SequenceLoad
+from instance.load import InstanceInfo
 from instance.request import Account, RequestClass
 
 Counter = Callable[[Account], float]
@@ -56,11 +56,11 @@ class Binding:
         self._theta = theta
         self._now = now
         self._most_slack: int | None = None
-        self._reach: dict[int, float] | None = None
+        self._standing: _Preemptible | None = None
 
     def placed(self, ahead: bool) -> None:
         """A request was placed, ahead of the room for it or not."""
-        self._most_slack = None
+        self._most_slack = self._standing = None
         self._ahead -= ahead
 
     def may_run(self, tokens: int) -> bool:
@@ -104,12 +104,8 @@ class Binding:
         self, candidates: Candidates, account: Account, tokens: int
     ) -> Candidates | None:
         """Those that run what a request may preempt, or None."""
-        if not self._may_preempt_somewhere(account):
-            return None
-        most = max(1, self._run_ahead or 0)
-        loads = [self._table.load(row) for row in candidates.rows]
-        free = np.array([self._preempts(load, account, most) for load in loads])
-        return self._if_any(candidates, free, account, tokens)
+        allowed = self._preemptible().by(account, self._counter(account))
+        return self._if_any(candidates, allowed[candidates.rows], account, tokens)
 
     @staticmethod
     def _if_any(
@@ -129,32 +125,60 @@ class Binding:
                 return candidates.where(shared)
         return candidates if count == len(candidates) else candidates.where(free)
 
-    def _may_preempt_somewhere(self, account: Account) -> bool:
-        if self._reach is None:
-            self._reach = {}
-            for load in self._table.loads():
-                theta = self._theta(load.info)
-                for tenant, request_class in load.running_accounts:
-                    reach = self._counter((tenant, request_class)) - theta
-                    known = self._reach.get(request_class, -math.inf)
-                    self._reach[request_class] = max(reach, known)
-        own = self._counter(account)
-        return any(
-            other > account[1] or (other == account[1] and reach > own)
-            for other, reach in self._reach.items()
+    def _preemptible(self) -> _Preemptible:
+        if self._standing is None:
+            table = self._table
+            most = max(1, self._run_ahead or 0)
+            found = _Preemptible(table.size)
+            for row in table.rows.values():
+                load = table.load(row)
+                found.put(row, load, self._counter, self._theta(load.info), most)
+            self._standing = found
+        return self._standing
+
+
+class _Preemptible:
+    """Of every instance: how far ahead is what runs there, and who goes before others.
+
+    Args:
+        size: Rows of the table.
+
+    Attributes:
+        lowest_class: [size] the least urgent class of what runs there; -1 for nothing.
+        reach: [classes, size] the greatest counter of what runs there, less theta.
+        first_class: [size] class of the last of the first in line there, as many as may wait;
+            beyond all classes where fewer wait.
+        first_counter: [size] the counter of its account.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.lowest_class = np.full(size, -1)
+        self.reach = np.full((len(RequestClass), size), -math.inf)
+        self.first_class = np.full(size, len(RequestClass))
+        self.first_counter = np.zeros(size)
+
+    def put(self, row: int, load: InstanceLoad, counter: Counter, theta: float, most: int) -> None:
+        """Write an instance's row; ``most`` may wait there."""
+        reach: dict[int, float] = {}
+        for account in load.running_accounts:
+            ahead = counter(account) - theta
+            if ahead >= reach.get(account[1], -math.inf):
+                reach[account[1]] = ahead
+        for request_class, ahead in reach.items():
+            self.reach[request_class, row] = ahead
+        self.lowest_class[row] = max(reach, default=-1)
+        waiting = load.waiting_accounts
+        if len(waiting) >= most:
+            ranks = [(account[1], counter(account)) for account in waiting]
+            self.first_class[row], self.first_counter[row] = sorted(ranks)[most - 1]
+
+    def by(self, account: Account, own: float) -> Bools:
+        """[size] those where an account of this counter may preempt, and fewer than may wait
+        would do so before it."""
+        request_class = account[1]
+        lower = self.lowest_class > request_class
+        goes_first = (self.first_class > request_class) | (
+            (self.first_class == request_class) & (self.first_counter > own)
         )
-
-    def _preempts(self, load: InstanceLoad, account: Account, most: int) -> bool:
-        """Whether it may preempt there, and fewer than ``most`` would do so before it."""
-        own = self._counter(account)
-        limit = own + self._theta(load.info)
-        if not any(
-            one[1] > account[1] or (one[1] == account[1] and self._counter(one) > limit)
-            for one in load.running_accounts
-        ):
-            return False
-        return sum(self._precedes(one, account, own) for one in load.to_wait()) < most
-
-    def _precedes(self, sequence: SequenceLoad, account: Account, own: float) -> bool:
-        other = sequence.account
-        return other[1] < account[1] or (other[1] == account[1] and self._counter(other) <= own)
+        entitled: Bools = (lower | (self.reach[request_class] > own)) & goes_first
+        return entitled

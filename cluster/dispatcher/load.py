@@ -192,6 +192,7 @@ class InstanceLoad:
         self._staying: _Staying | None = None
         self._accounts: frozenset[Account] | None = None
         self._view: LoadView | None = None
+        self._waiting: tuple[LoadView, tuple[Account, ...]] | None = None
         self.touch()
 
     def touch(self) -> None:
@@ -365,6 +366,16 @@ class InstanceLoad:
         """What waits here, and what was sent and will have to."""
         there = [s for s in self.sequences if not s.running and self.counts(s.request_id)]
         return there + self._late_charges()
+
+    @property
+    def waiting_accounts(self) -> tuple[Account, ...]:
+        """Of each of ``to_wait`` its account."""
+        view = self._view
+        if view is None:  # nobody knows yet what will have to wait
+            return tuple(one.account for one in self.to_wait())
+        if self._waiting is None or self._waiting[0] is not view:
+            self._waiting = view, tuple(one.account for one in self.to_wait())
+        return self._waiting[1]
 
     def room(self, view: LoadView) -> Room:
         """What a request finds here. The headroom is taken off."""

@@ -234,7 +234,8 @@ class Incoming:
     @property
     def held(self) -> list[int]:
         """References to blocks outside the scheduler's sequences."""
-        return self.table[: self.num_acquired] if self.sequence is None else []
+        counted = self.sequence is None and not self.machine.ended
+        return self.table[: self.num_acquired] if counted else []
 
     def start(self) -> None:
         """Answer the offer at the next step boundary."""

@@ -50,6 +50,13 @@ class Saver:
         """Free blocks of the device below which the next victim is copied ahead."""
         return -(-self._copies.pool.num_usable // _AHEAD_BELOW)
 
+    def saved_for(self, likely: Sequence) -> int:
+        """Steps that each write a position of the next victim, and after which there is still
+        nothing of it to copy."""
+        if self._done != (likely, likely.sealed):
+            return 0
+        return self._copies.pool.block_size * (likely.sealed + 1) - 1 - likely.num_written
+
     def save(self, likely: Sequence | None) -> None:
         """Begin at most one copy, while none is under way.
 

@@ -93,6 +93,11 @@ class Swap:
         """Free blocks of the device below which copies are made ahead of need."""
         return 0 if self._saver is None else self._saver.short_below
 
+    def saved_for(self, likely: Sequence) -> int:
+        """Steps that each write a position of the next victim, and after which there is still
+        nothing of it to copy ahead, however short memory is."""
+        return self.pool.num_usable if self._saver is None else self._saver.saved_for(likely)
+
     def busy(self, sequence: Sequence) -> bool:
         """A copy of its KV is on its way, or about to be."""
         return sequence in self._awaited or any(one is sequence for one, _ in self._leaving)

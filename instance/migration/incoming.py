@@ -75,8 +75,10 @@ class IncomingMigration:
 
     @property
     def held(self) -> list[int]:
-        """Cached blocks counted on: references outside the scheduler."""
-        return self.table[: self.num_acquired] if self.sequence is None else []
+        """Cached blocks counted on: references outside the scheduler. An ended attempt has none
+        by right, so that a check finds those it forgot."""
+        counted = self.sequence is None and not self.machine.ended
+        return self.table[: self.num_acquired] if counted else []
 
     def start(self) -> None:
         """Answer the offer, at the next step boundary."""

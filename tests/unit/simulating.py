@@ -92,9 +92,13 @@ def scenario(
 
 
 def workload(
-    count: int = 60, rate: float = 6.0, seed: int = 0, tenants: tuple[str, ...] = ("default",)
+    count: int = 60,
+    rate: float = 6.0,
+    seed: int = 0,
+    tenants: tuple[str, ...] = ("default",),
+    shared: int = 0,
 ) -> list[WorkloadRequest]:
-    """Requests with nothing in common; some are long."""
+    """Requests of which some are long; the first ``shared`` tokens of every second are alike."""
     rng = random.Random(seed)
     made, at = [], 0.0
     for number in range(count):
@@ -102,7 +106,10 @@ def workload(
         made.append(
             WorkloadRequest(
                 at,
-                (Span(f"r{number}", rng.choice((5, 30, 200, 350))),),
+                (
+                    *([Span("shared", shared)] if shared and number % 2 else []),
+                    Span(f"r{number}", rng.choice((5, 30, 200, 350))),
+                ),
                 rng.choice((1, 20, 120, 300)),
                 tenant=tenants[number % len(tenants)],
             )

@@ -58,6 +58,7 @@ SEARCH = settings(max_examples=16, phases=(Phase.explicit, Phase.generate))
     theta=st.sampled_from((None, 60.0)),
     scatter=st.sampled_from((None, *SCATTERS)),
     contention=st.sampled_from((0.0, 0.2)),
+    shared=st.sampled_from((0, 100)),
 )
 def test_jumping_equals_stepping(
     seed: int,
@@ -69,6 +70,7 @@ def test_jumping_equals_stepping(
     theta: float | None,
     scatter: Scatter | None,
     contention: float,
+    shared: int,
 ) -> None:
     deaths = (Death(2.345, 1, back_after=1.7),) if dies else ()
     runs = [
@@ -83,7 +85,7 @@ def test_jumping_equals_stepping(
                 scatter=scatter,
                 contention=contention,
             ),
-            workload(30, rate=8.0, seed=seed, tenants=tenants),
+            workload(30, rate=8.0, seed=seed, tenants=tenants, shared=shared),
         )[1]
         for jumps in (True, False)
     ]
@@ -94,6 +96,24 @@ def test_jumping_equals_stepping(
 def test_most_steps_of_an_easy_load_are_jumped_over() -> None:
     outcome = simulate(scenario(blocks=400), workload(30, rate=1.0))[1]
     assert outcome.jumped > 0.5 * outcome.steps
+
+
+def test_steps_are_jumped_over_while_memory_is_short() -> None:
+    given = scenario(1, blocks=64, host_blocks=200)
+    outcome = simulate(given, workload(60, rate=20.0))[1]
+    (instance,) = outcome.instances.values()
+    assert sum(used > 56 for used in instance.used) > 0.3 * len(instance.used)
+    assert outcome.jumped > 0.55 * outcome.steps
+
+
+def test_prefixes_are_let_go_of_whatever_becomes_of_a_move() -> None:
+    refused = 0
+    for seed in range(6):
+        # The run ends with a check that no block is held by nobody.
+        asked = workload(60, rate=12.0, seed=seed, shared=120)
+        outcome = simulate(scenario(placement="round_robin"), asked)[1]
+        refused += sum("free blocks" in report.outcome for _, report in outcome.migrations)
+    assert refused
 
 
 @pytest.mark.parametrize("jumps", [True, False])
