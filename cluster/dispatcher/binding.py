@@ -21,7 +21,7 @@ import numpy as np
 
 from cluster.dispatcher.candidates import Candidates
 from cluster.dispatcher.load import InstanceLoad
-from cluster.dispatcher.table import Bools, LoadTable
+from cluster.dispatcher.table import Bools, Floats, Ints, LoadTable
 from instance.load import InstanceInfo
 from instance.request import Account, RequestClass
 
@@ -56,11 +56,12 @@ class Binding:
         self._theta = theta
         self._now = now
         self._most_slack: int | None = None
-        self._standing: _Preemptible | None = None
+        self._may_wait: bool | None = None
+        self._standing: _Standing | None = None
 
     def placed(self, ahead: bool) -> None:
         """A request was placed, ahead of the room for it or not."""
-        self._most_slack = self._standing = None
+        self._most_slack = self._may_wait = self._standing = None
         self._ahead -= ahead
 
     def may_run(self, tokens: int) -> bool:
@@ -70,6 +71,16 @@ class Binding:
         if self._most_slack is None:
             self._most_slack = self._table.most_slack(self._now)
         return self._most_slack > tokens
+
+    def hopeless(self, account: Account, tokens: int) -> bool:
+        """A quick answer for the many queues that must wait: no instance takes a request of
+        theirs in any way. False where it is not sure."""
+        if self.may_run(tokens):
+            return False
+        if self._may_wait is None:
+            most, full = self._run_ahead or 0, self._ahead <= 0
+            self._may_wait = self._table.any_waits_below(most, full, self._now)
+        return not self._may_wait and self._stand().preemptible(account) is None
 
     def to_run(self, candidates: Candidates, account: Account, tokens: int) -> Candidates | None:
         """Those of the instances that take up a request at once; None if none does.
@@ -104,7 +115,9 @@ class Binding:
         self, candidates: Candidates, account: Account, tokens: int
     ) -> Candidates | None:
         """Those that run what a request may preempt, or None."""
-        allowed = self._preemptible().by(account, self._counter(account))
+        allowed = self._stand().preemptible(account)
+        if allowed is None:
+            return None
         return self._if_any(candidates, allowed[candidates.rows], account, tokens)
 
     @staticmethod
@@ -125,60 +138,77 @@ class Binding:
                 return candidates.where(shared)
         return candidates if count == len(candidates) else candidates.where(free)
 
-    def _preemptible(self) -> _Preemptible:
+    def _stand(self) -> _Standing:
         if self._standing is None:
-            table = self._table
             most = max(1, self._run_ahead or 0)
-            found = _Preemptible(table.size)
-            for row in table.rows.values():
-                load = table.load(row)
-                found.put(row, load, self._counter, self._theta(load.info), most)
-            self._standing = found
+            self._standing = _Standing(self._table, self._counter, self._theta, most)
         return self._standing
 
 
-class _Preemptible:
-    """Of every instance: how far ahead is what runs there, and who goes before others.
+class _Standing:
+    """Who is ahead of whom at the instances, at one instant.
 
     Args:
-        size: Rows of the table.
-
-    Attributes:
-        lowest_class: [size] the least urgent class of what runs there; -1 for nothing.
-        reach: [classes, size] the greatest counter of what runs there, less theta.
-        first_class: [size] class of the last of the first in line there, as many as may wait;
-            beyond all classes where fewer wait.
-        first_counter: [size] the counter of its account.
+        table: Loads of the instances.
+        counter: Counters of accounts.
+        theta: How far ahead a tenant must be to be preempted at an instance.
+        most: Requests that may wait at an instance.
     """
 
-    def __init__(self, size: int) -> None:
-        self.lowest_class = np.full(size, -1)
-        self.reach = np.full((len(RequestClass), size), -math.inf)
-        self.first_class = np.full(size, len(RequestClass))
-        self.first_counter = np.zeros(size)
+    def __init__(
+        self, table: LoadTable, counter: Counter, theta: Callable[[InstanceInfo], float], most: int
+    ) -> None:
+        self._table = table
+        self._counter = counter
+        self._most = most
+        # [rows] the least urgent class of what runs there, and [classes, rows] the greatest
+        # counter, less theta; then the greatest anywhere.
+        self._lowest = np.full(table.size, -1)
+        self._reach = np.full((len(RequestClass), table.size), -math.inf)
+        for row in table.rows.values():
+            self._write(row, table.load(row), theta)
+        self._lowest_anywhere = self._lowest.max()
+        self._reach_anywhere = self._reach.max(axis=1)
+        self._first: tuple[Ints, Floats] | None = None
 
-    def put(self, row: int, load: InstanceLoad, counter: Counter, theta: float, most: int) -> None:
-        """Write an instance's row; ``most`` may wait there."""
-        reach: dict[int, float] = {}
+    def _write(self, row: int, load: InstanceLoad, theta: Callable[[InstanceInfo], float]) -> None:
+        greatest: dict[int, float] = {}
+        counter = self._counter
         for account in load.running_accounts:
-            ahead = counter(account) - theta
-            if ahead >= reach.get(account[1], -math.inf):
-                reach[account[1]] = ahead
-        for request_class, ahead in reach.items():
-            self.reach[request_class, row] = ahead
-        self.lowest_class[row] = max(reach, default=-1)
-        waiting = load.waiting_accounts
-        if len(waiting) >= most:
-            ranks = [(account[1], counter(account)) for account in waiting]
-            self.first_class[row], self.first_counter[row] = sorted(ranks)[most - 1]
+            ahead = counter(account)
+            if ahead >= greatest.get(account[1], -math.inf):
+                greatest[account[1]] = ahead
+        if greatest:
+            least = theta(load.info)
+            self._lowest[row] = max(greatest)
+            for request_class, ahead in greatest.items():
+                self._reach[request_class, row] = ahead - least
 
-    def by(self, account: Account, own: float) -> Bools:
-        """[size] those where an account of this counter may preempt, and fewer than may wait
-        would do so before it."""
-        request_class = account[1]
-        lower = self.lowest_class > request_class
-        goes_first = (self.first_class > request_class) | (
-            (self.first_class == request_class) & (self.first_counter > own)
+    def preemptible(self, account: Account) -> Bools | None:
+        """[rows] those where an account may preempt, and fewer than may wait would do so before
+        it; None where it may nowhere."""
+        request_class, own = account[1], self._counter(account)
+        if self._lowest_anywhere <= request_class and self._reach_anywhere[request_class] <= own:
+            return None
+        if self._first is None:
+            self._first = self._first_in_line()
+        first_class, first_counter = self._first
+        goes_first = (first_class > request_class) | (
+            (first_class == request_class) & (first_counter > own)
         )
-        entitled: Bools = (lower | (self.reach[request_class] > own)) & goes_first
-        return entitled
+        entitled = (self._lowest > request_class) | (self._reach[request_class] > own)
+        found: Bools = entitled & goes_first
+        return found
+
+    def _first_in_line(self) -> tuple[Ints, Floats]:
+        """[rows] class and counter of the last of the first who wait there, as many as may; where
+        fewer wait, a class after all others."""
+        classes = np.full(self._table.size, len(RequestClass))
+        counters = np.zeros(self._table.size)
+        counter, most = self._counter, self._most
+        for row in self._table.rows.values():
+            waiting = self._table.load(row).waiting_accounts
+            if len(waiting) >= most:
+                ranks = [(account[1], counter(account)) for account in waiting]
+                classes[row], counters[row] = min(ranks) if most == 1 else sorted(ranks)[most - 1]
+        return classes, counters

@@ -231,7 +231,7 @@ class Requests:
             request = held.request
             account, tokens = request.account, request.num_tokens
             found, ahead = None, False
-            if not waits or binding.may_run(tokens):
+            if binding.may_run(tokens) if waits else not binding.hopeless(account, tokens):
                 candidates = self._members.candidates(request, now, held.since)
                 if candidates is None:
                     continue  # it avoids the instances there are

@@ -237,6 +237,15 @@ class LoadTable:
         rows = self._usable_rows(now)
         return int(np.maximum.reduce((self.slack + self.headroom)[rows], initial=-1))
 
+    def any_waits_below(self, most: int, full: bool, now: float) -> bool:
+        """Whether fewer than ``most`` wait at any instance that may take requests, and, with
+        ``full``, for a slot of its batch."""
+        rows = self._usable_rows(now)
+        found = self.backlog[rows] < most
+        if full:
+            found &= self.full_batch[rows]
+        return bool(found.any())
+
     def any_usable(self, now: float) -> bool:
         """Whether any instance may take requests."""
         return len(self._usable_rows(now)) > 0
