@@ -9,7 +9,7 @@ at once, to wait where it was sent, first come first served; a preempted one is 
 
 Rates follow from the lengths alone: at the saturating rate, answers that are written at the
 pace of a full batch fill all KV (see ``saturating_rate``; the published rates lie between 0.7
-and 1.1 of it). Each workload runs at three shares of its own. Answers live for minutes, so a
+and 1.1 of it). Each workload runs at four shares of its own. Answers live for minutes, so a
 run must be long enough for them to fill memory: 10,000 requests on 16 instances, or, the form
 for development, 3,000 on 4 instances under a quarter of the load.
 
@@ -52,7 +52,7 @@ from cluster.simulation.simulation import Simulation
 from cluster.simulation.workloads.sources import load_workload
 
 WORKLOADS = ("s-s", "m-m", "l-l", "s-l", "l-s", "sharegpt")
-SHARES = (0.75, 0.85, 0.95)
+SHARES = (0.75, 0.85, 0.9, 0.95)
 """Of the saturating rate."""
 UNLOADED = 0.1
 """Share of the saturating rate at which nothing waits for memory."""
@@ -227,6 +227,13 @@ def overall(by_workload: Mapping[str, Sequence[float]]) -> float:
     )
 
 
+def best_cell(cells: Cells, figure: str, one: str, other: str) -> float:
+    """The least of the cells' geometric means of ``one`` over ``other``; nan for none."""
+    found = (ratios({key: cell}, figure, one, other).values() for key, cell in cells.items())
+    means = [campaign.geometric_mean(*values) for values in found if values]
+    return min(means, default=float("nan"))
+
+
 def worst(by_workload: Mapping[str, Sequence[float]]) -> float:
     """The largest of the workloads' geometric means; nan for none."""
     found = [campaign.geometric_mean(values) for values in by_workload.values()]
@@ -248,16 +255,22 @@ def kept(cells: Cells, figure: str, one: str, other: str) -> float:
 def targets_of(every: Cells, cells: Cells) -> list[Target]:
     """What must hold in the loaded ``cells``.
 
-    The first three say that the rules of Llumnix, as they are here, bring what they brought
-    in its paper: P99 TTFT down several-fold, and preemption loss by 70.4 %, which is a mean
-    over all rates, and so over ``every`` cell here. The others are what ours must bring
-    beyond them.
+    The first four say that the rules of Llumnix, as they are here, bring what they brought
+    in its paper. It tells the P99 TTFT of the rate at which they bring most, of one run each
+    ("up to 14.8 times"): here a cell's geometric mean over its seeds must come down to a third,
+    and the mean of all cells must come down. Preemption loss by 70.4 % is a mean over all
+    rates, and so over ``every`` cell here. The others are what ours must bring beyond them.
     """
     base, theirs = "INFaaS++", "Llumnix"
     first = ratios(cells, "TTFT P99", OURS, theirs)
     last = ratios(cells, "end to end mean", OURS, theirs)
     return [
-        Target("P99 TTFT, Llumnix/INFaaS++", overall(ratios(cells, "TTFT P99", theirs, base)), 0.5),
+        Target("P99 TTFT, Llumnix/INFaaS++", overall(ratios(cells, "TTFT P99", theirs, base)), 1.0),
+        Target(
+            "P99 TTFT, Llumnix/INFaaS++, best workload and rate",
+            best_cell(cells, "TTFT P99", theirs, base),
+            1 / 3,
+        ),
         Target(
             "mean end to end, Llumnix/INFaaS++",
             overall(ratios(cells, "end to end mean", theirs, base)),

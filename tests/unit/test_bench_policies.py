@@ -84,6 +84,7 @@ def test_ratios_are_paired_by_seed_and_averaged_by_workload() -> None:
     assert found == {"m-m": [0.5] * 3, "s-s": [8.0] * 3}
     assert bench.overall(found) == pytest.approx(2.0)
     assert bench.worst(found) == pytest.approx(8.0)
+    assert bench.best_cell(cells, "TTFT P99", "ours", "Llumnix") == pytest.approx(0.5)
     assert bench.kept(cells, "TTFT P99", "ours", "Llumnix") == pytest.approx((26.5 / 4 + 8) / 2)
 
 
