@@ -227,10 +227,6 @@ class LoadTable:
             ),
         )
 
-    def loads(self) -> list[InstanceLoad]:
-        """Every instance that has a row."""
-        return [load for load in self._loads if load is not None]
-
     def most_slack(self, now: float) -> int:
         """The most slack of an instance that may take requests, in tokens, with the headroom;
         -1 if there is none."""
