@@ -151,12 +151,12 @@ class DispatcherClient:
             task.add_done_callback(lambda _: self._calls.release())
 
     async def _exchange(self, questions: list[_Question], done: list[tuple[str, int]]) -> None:
-        if done:
-            try:
-                await self.call("finished", done)
-            except Exception as error:
-                logger.debug("dispatcher did not take %d ends: %s", len(done), error)
         if not questions:
+            if done:
+                try:
+                    await self.call("finished", done)
+                except Exception as error:
+                    logger.debug("dispatcher did not take %d ends: %s", len(done), error)
             return
         now = asyncio.get_running_loop().time()
         for question in questions:
@@ -165,7 +165,7 @@ class DispatcherClient:
                 question.request = replace(question.request, time_left=question.until - now)
         requests = [question.request for question in questions]
         try:
-            answers = await self.call("place", requests)
+            answers = await self.call("place", requests, done)
             self.away = False
         except Exception as error:
             if not self.away:
