@@ -280,20 +280,27 @@ class Scripted:
 
     def __init__(self) -> None:
         self.asked: list[PlaceRequest] = []
+        self.ended: list[list[tuple[str, int]]] = []
+        self.calls: list[str] = []
         self.ready: asyncio.Queue[Placement | Refusal] = asyncio.Queue()
         self.away = False
 
-    async def place(self, requests: list[PlaceRequest]) -> list[Placement | Refusal | None]:
+    async def place(
+        self, requests: list[PlaceRequest], ended: list[tuple[str, int]]
+    ) -> list[Placement | Refusal | None]:
         if self.away:
             raise ConnectionError("gone")
+        self.calls.append("place")
         self.asked += requests
+        self.ended.append(ended)
         return [None] * len(requests)
 
     async def answers(self, gateway_id: str, timeout: float) -> list[Placement | Refusal]:
         return [await self.ready.get()]
 
     async def finished(self, ended: list[tuple[str, int]]) -> None:
-        pass
+        self.calls.append("finished")
+        self.ended.append(ended)
 
     async def watch(self, version: int, timeout: float, known: object) -> Any:
         await asyncio.Event().wait()
@@ -320,6 +327,21 @@ async def test_a_held_request_is_answered_later() -> None:
         scripted.ready.put_nowait(placement)
         assert await second == placement
         assert not first.done()
+
+
+async def test_ends_go_with_the_next_placement_in_one_call() -> None:
+    async with client() as (scripted, one):
+        one.place(ask("r1"))
+        await until(lambda: len(scripted.asked) == 1)
+        one.finished("r0", 3)
+        one.finished("r1", 1)
+        one.place(ask("r2"))
+        await until(lambda: len(scripted.asked) == 2)
+        assert scripted.calls == ["place", "place"]
+        assert scripted.ended == [[], [("r0", 3), ("r1", 1)]]
+        one.finished("r2", 1)
+        await until(lambda: scripted.calls[2:] == ["finished"])
+        assert scripted.ended[2] == [("r2", 1)]
 
 
 async def test_what_stays_unanswered_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:

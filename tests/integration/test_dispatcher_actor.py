@@ -189,18 +189,21 @@ def test_a_dispatcher_in_full(ray, cluster) -> None:
         {"instance_id": "i1", "used_blocks": 0},
     ]
 
-    # What no instance can take is held, and answered by another call.
+    # What no instance can take is held, and answered by another call, which nothing else ends.
+    pending = dispatcher.answers.remote("gateway-0", 60.0)
+    at_once = ray.get(dispatcher.place.remote([ask("at once")], [("unknown", 1)]))
+    assert isinstance(at_once[0], Placement)
+    assert ray.wait([pending], timeout=0.2)[0] == []
     for name in instances:
         ray.get(dispatcher.drain.remote(name))
     held = ask("held")
     assert ray.get(dispatcher.place.remote([held])) == [None]
     assert ray.get(dispatcher.answers.remote(held.gateway_id, 0.01)) == []
-    pending = dispatcher.answers.remote(held.gateway_id, 60.0)
     for name in instances:
         ray.get(dispatcher.resume.remote(name))
     (answer,) = ray.get(pending)
     assert isinstance(answer, Placement)
-    assert answer.request_id == "held"
+    assert (held.gateway_id, answer.request_id) == ("gateway-0", "held")
     assert ray.get(dispatcher.place.remote([held])) == [answer]
 
 
