@@ -26,9 +26,10 @@ class Source(NamedTuple):
     incarnation: str
 
 
-LEAST_LEASE = 32.0
-"""Service by weight that an instance may always charge unreported: a small theta, or many
-instances, must not have every step reported."""
+LEAST_LEASE = 1 / 16
+"""Of the increment, which an instance may always charge unreported: a small theta, or many
+instances, must not have every step reported. The bound has two increments per instance, so this
+adds 3 % to it at most, for tenants of weight 1."""
 
 
 class FairnessLedger:
@@ -257,13 +258,13 @@ class FairnessLedger:
         """Service by weight that an instance may charge per account unreported (L).
 
         Chosen so that what all others hide from one instance is at most its theta, where
-        that leaves a lease worth the name.
+        that leaves a lease worth the name: ``LEAST_LEASE``.
         """
         if self._lease is None:
             live = self._live()
-            theta = max((given.theta for given in live), default=0.0)
-            lease = max(LEAST_LEASE, theta / max(1, len(live) - 1)) if live else math.inf
-            self._lease = lease
+            theta = max((given.theta for given in live), default=math.inf)
+            least = LEAST_LEASE * max((given.increment for given in live), default=0.0)
+            self._lease = max(least, theta / max(1, len(live) - 1))
         return self._lease
 
     def bound(self, request_class: RequestClass) -> float:

@@ -151,13 +151,23 @@ def test_the_gap_and_its_bound_are_made_of_what_instances_say() -> None:
 def test_no_lease_is_so_small_that_every_step_is_reported(theta: float, instances: int) -> None:
     ledger = FairnessLedger()
     for number in range(instances):
-        report = ServiceReport(theta=theta, increment=10.0)
+        report = ServiceReport(theta=theta, increment=640.0)
         ledger.report(Source(f"i{number}", "x"), report, 0.0)
-    assert ledger.lease() == LEAST_LEASE
-    # What is hidden by it is in the bound.
-    steps = 10.0 * instances
-    hidden = (instances - 1) * LEAST_LEASE + steps - 10.0 if instances > 1 else 0.0
-    assert ledger.bound(STANDARD) == theta + LEAST_LEASE + 10.0 + hidden + steps
+    assert ledger.lease() == LEAST_LEASE * 640 == 40
+    # What is hidden by it is in the bound, and little of it.
+    bound = theta + (40 + 640) + (instances - 1) * (40 + 640) + instances * 640
+    assert ledger.bound(STANDARD) == bound
+    assert instances * 40 < 0.04 * bound
+
+
+def test_the_least_lease_is_that_of_the_instance_that_gives_most() -> None:
+    ledger = FairnessLedger()
+    for number, increment in enumerate((16.0, 1600.0, 160.0)):
+        report = ServiceReport(theta=0.0, increment=increment)
+        ledger.report(Source(f"i{number}", "x"), report, 0.0)
+    assert ledger.lease() == 100
+    ledger.ended(Source("i1", "x"), 0.0)
+    assert ledger.lease() == 10
 
 
 @given(
@@ -190,7 +200,7 @@ def test_the_lease_follows_who_lives_and_what_they_say(events) -> None:
             gone.clear()
         live = [theta for one, theta in thetas.items() if one not in gone]
         most = max(live, default=0.0) / max(1, len(live) - 1)
-        assert ledger.lease() == (max(LEAST_LEASE, most) if live else math.inf)
+        assert ledger.lease() == (max(LEAST_LEASE * 10, most) if live else math.inf)
 
 
 def test_idle_accounts_and_old_sources_are_forgotten() -> None:
