@@ -4,7 +4,8 @@ Simulated clusters of 1, 4 and 16 instances (a 7B model on an A10 each, room for
 of KV) under loads that let tenants drift apart; see ``bench.fair_cluster_runs`` for the
 systems. Looked at ten times a second: how far apart the counters of the tenants are that wait
 (service by weight, with what instances have charged and not yet reported), over the bound G
-that the dispatcher states. Theta is fixed, and with it the leases: theta / (instances - 1).
+that the dispatcher states. Theta is fixed, and with it the leases: theta / (instances - 1), or a
+sixteenth of an increment where that is more.
 
 overloaded
     Two tenants ask for 1.5 and 3 requests/s per instance, 256 tokens in and out.
