@@ -136,6 +136,7 @@ class Dispatcher:
             self._count,
             self.placing.is_over,
             _TenantOrder(self.ledger),
+            self.placing,
         )
         known = {**POLICIES, **(policies or {})}
         self.scaler = Scaler(config.scaling, self._count)

@@ -10,6 +10,7 @@ from cluster.dispatcher.duties import plan_drain, plan_handoff
 from cluster.dispatcher.evening import Order, plan_fairness
 from cluster.dispatcher.events import Action, RejectMigration, StartMigration
 from cluster.dispatcher.gains import plan_balance, plan_defragment, plan_isolate
+from cluster.dispatcher.gathering import Line, plan_gathering
 from cluster.dispatcher.links import LinkRates
 from cluster.dispatcher.llumnix import plan_llumnix
 from cluster.dispatcher.load import InstanceLoad, Transfer
@@ -38,7 +39,8 @@ class Migrations:
         timeout: Seconds after which a migration that nobody ended is forgotten.
         count: Counts an event of a kind under a reason.
         is_over: Whether a sequence has ended or is void.
-        order: How far tenants are behind; None where no ledger is kept.
+        order: How far tenants are behind.
+        line: What waits in the dispatcher.
 
     Attributes:
         config: As given; may be replaced.
@@ -53,11 +55,13 @@ class Migrations:
         timeout: float,
         count: Callable[[str, str, int], None],
         is_over: Callable[[SequenceLoad], bool],
-        order: Order | None = None,
+        order: Order,
+        line: Line,
     ) -> None:
         self.config = config
         self.rules = "gain"
         self._order = order
+        self._line = line
         self.links = LinkRates()
         self._members = members
         self._timeout = timeout
@@ -149,7 +153,7 @@ class Migrations:
             self._balanced = now
             self._cooldowns.prune(now, config, self._waited_or_running(plan))
             self._plan_gains(plan, rules)
-        elif even and self._order is not None:
+        elif even:
             plan_fairness(plan, self._order)
         if even:
             self._evened = now
@@ -161,7 +165,7 @@ class Migrations:
         With the number of instances such rounds cost more, and come less often.
         """
         interval = self.config.even_interval + _PER_INSTANCE * len(self._members.loads)
-        return now - self._evened >= interval and self._order is not None and self._order.apart()
+        return now - self._evened >= interval and self._order.apart()
 
     def _plan_gains(self, plan: Round, rules: str) -> None:
         if rules == "llumnix":
@@ -169,8 +173,8 @@ class Migrations:
         elif rules == "gain":
             plan_defragment(plan)
             plan_isolate(plan)
-            if self._order is not None:
-                plan_fairness(plan, self._order)
+            plan_gathering(plan, self._line, self._order)
+            plan_fairness(plan, self._order)
             plan_balance(plan)
 
     def preview(self, rules: str, now: float) -> list[Move]:

@@ -7,7 +7,7 @@ here, so that the order of tenants is decided as late as it can be.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from cluster.dispatcher.binding import Binding
@@ -203,16 +203,31 @@ class Requests:
                 actions.extend(self._serve(queue, binding, now))
         return actions
 
+    @property
+    def reservations(self) -> int | None:
+        """Instances at which a request is sent to wait for memory; None for all."""
+        if self._run_ahead is None:
+            return None
+        return max(1, len(self._members.loads) // self.config.instances_per_wait)
+
+    @property
+    def _run_ahead(self) -> int | None:
+        return self.config.run_ahead if self.late_binding else None
+
+    def in_front(self) -> Iterator[Held]:
+        """The first of those held, in the order in which they are served."""
+        for queue in self.queues.in_order(self._ledger.counter):
+            yield from queue[:_LOOK_BEHIND]
+
     def _binding(self, now: float) -> Binding:
         if self._sent_ahead:
             # Whoever has begun to run does not wait; if it is preempted, others went before it.
             self._sent_ahead = {one for one in self._sent_ahead if one in self.waiting}
-        most = max(1, len(self._members.loads) // self.config.instances_per_wait)
-        run_ahead = self.config.run_ahead if self.late_binding else None
+        run_ahead = self._run_ahead
         return Binding(
             self._members.table,
             run_ahead,
-            most * (run_ahead or 0) - len(self._sent_ahead),
+            (self.reservations or 0) * (run_ahead or 0) - len(self._sent_ahead),
             self._ledger.counter,
             lambda info: self._ledger.theta(Source(info.instance_id, info.incarnation)),
             now,
