@@ -6,6 +6,7 @@ here, so that the order of tenants is decided as late as it can be.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +27,8 @@ from instance.load import LoadReport, SequenceLoad
 Choose = Callable[[PlaceRequest, Candidates], LoadView]
 
 _LOOK_BEHIND = 32
-"""Requests of a queue that are looked at behind the first that must wait, it included."""
+"""Requests of a queue that are looked at behind the first that must wait, it included; and of
+all queues, those who are looked at for room that can be made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,8 +218,8 @@ class Requests:
 
     def in_front(self) -> Iterator[Held]:
         """The first of those held, in the order in which they are served."""
-        for queue in self.queues.in_order(self._ledger.counter):
-            yield from queue[:_LOOK_BEHIND]
+        queues = self.queues.in_order(self._ledger.counter)
+        return itertools.islice(itertools.chain.from_iterable(queues), _LOOK_BEHIND)
 
     def _binding(self, now: float) -> Binding:
         if self._sent_ahead:
