@@ -67,10 +67,8 @@ def plan_defragment(plan: Round) -> None:
     """
     for view in plan.sources():
         name = view.instance_id
-        head = next((s for s in plan.sequences[name] if not s.running and not plan.moved(s)), None)
-        if head is None or not view.waiting or head.blocks <= spare(view, head):
-            continue
-        if not plan.may_move(head, 0.0):
+        head = plan.stuck(view)
+        if head is None or not plan.may_move(head, 0.0):
             continue
         worth = plan.patience(head) - plan.config.min_gain
         if plan.may_gain(head):

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
+from cluster.dispatcher.evening import Order
 from cluster.dispatcher.load import blocks_for
 from cluster.dispatcher.queues import Held
-from cluster.dispatcher.rebalance import Move, Round, compatible, spare, suits
+from cluster.dispatcher.rebalance import Move, Round, compatible, suits
 from cluster.dispatcher.views import InstanceState, LoadView
 from instance.load import SequenceLoad
 from instance.request import Account, RequestClass
@@ -30,14 +31,7 @@ class Line(Protocol):
         """The first of those held, in the order in which they are served."""
 
 
-class Counters(Protocol):
-    """How much tenants have received; what a fairness ledger knows."""
-
-    def counter(self, account: Account) -> float:
-        """Weighted service received."""
-
-
-def plan_gathering(plan: Round, line: Line, order: Counters) -> None:
+def plan_gathering(plan: Round, line: Line, order: Order) -> None:
     """Let large requests that wait do so at few instances.
 
     A move is worth the time that those who run at once instead are expected to wait
@@ -47,7 +41,11 @@ def plan_gathering(plan: Round, line: Line, order: Counters) -> None:
     most = line.reservations
     if most is None:
         return
-    waiting = [(name, head) for name in plan.views if (head := _stuck(plan, name)) is not None]
+    waiting = [
+        (name, head)
+        for name, view in plan.views.items()
+        if view.state is InstanceState.READY and (head := plan.stuck(view)) is not None
+    ]
     if len(waiting) <= most:
         return
     waiting.sort(key=lambda item: (-plan.patience(item[1]), item[0]))
@@ -68,17 +66,6 @@ def plan_gathering(plan: Round, line: Line, order: Counters) -> None:
             held = [one for one in held if one not in taken]
 
 
-def _stuck(plan: Round, name: str) -> SequenceLoad | None:
-    """The first that waits at an instance, if it is for memory that is not free."""
-    view = plan.views[name]
-    if view.state is not InstanceState.READY or not view.waiting:
-        return None
-    head = next((one for one in plan.sequences[name] if not one.running), None)
-    if head is None or plan.moved(head) or head.blocks <= spare(view, head):
-        return None
-    return head
-
-
 def _queue_for(
     plan: Round, view: LoadView, head: SequenceLoad, queues: dict[str, int]
 ) -> str | None:
@@ -94,7 +81,7 @@ def _queue_for(
 
 
 def _who_runs(
-    plan: Round, view: LoadView, head: SequenceLoad, held: list[Held], order: Counters
+    plan: Round, view: LoadView, head: SequenceLoad, held: list[Held], order: Order
 ) -> tuple[set[Held], float]:
     """Those that would run at once if ``head`` went: of the dispatcher's, and how long all of
     them have waited, in seconds."""

@@ -285,6 +285,16 @@ class Round:
         """Whether this round moves a request."""
         return sequence.request_id in self._moved
 
+    def stuck(self, view: LoadView) -> SequenceLoad | None:
+        """The first that waits at an instance, if it does for memory that is not free, and no
+        move was planned for it."""
+        if not view.waiting:
+            return None
+        first = next((s for s in self.sequences[view.instance_id] if not s.running), None)
+        if first is None or self.moved(first) or first.blocks <= spare(view, first):
+            return None
+        return first
+
     def free_slot(self, name: str) -> bool:
         """Whether one more migration from or to an instance may start."""
         return self.budget > 0 and self.slots[name] > 0

@@ -53,8 +53,8 @@ def small(blocks: int = 10, tenant: str = "default", waited: float = 2.0, **more
     return Held(request, NOW - waited, NOW)
 
 
-def ready(loads: dict[str, tuple], **config) -> Dispatcher:
-    core = dispatcher(rebalance=RebalanceConfig(hysteresis=1e9), **config)
+def ready(loads: dict[str, tuple]) -> Dispatcher:
+    core = dispatcher(rebalance=RebalanceConfig(hysteresis=1e9))
     for name, sequences in loads.items():
         core.handle(Joined(info(name, blocks=BLOCKS)), NOW)
         core.handle(Reported(report(name, 1, sequences, blocks=BLOCKS)), NOW)
